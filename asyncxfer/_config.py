@@ -1,0 +1,206 @@
+"""Configuration: one frozen object, checked when it is made.
+
+Owns every tunable of the package, its default and its range, and is the only module that reads
+``os.environ`` (variables ``ASYNCXFER_<KEY>``, below whatever the caller gives explicitly). A key that does
+not exist raises, in a mapping and in the environment alike, because a misspelt key that is ignored is a
+setting that silently does nothing. It does not know what any part of the package does with a value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from ._errors import ConfigError
+
+__all__ = ["Config"]
+
+_PREFIX = "ASYNCXFER_"
+_BUILD_PREFIX = "ASYNCXFER_BUILD_"  # read by setup.py, never here
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_KIB, _MIB, _GIB, _TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+
+class _Range(NamedTuple):
+    """The closed range that a number has to lie in, and what it counts."""
+
+    low: float
+    high: float
+    unit: str
+
+
+class _Key(NamedTuple):
+    """What a field's annotation says about it: its type, whether it may be None, and its range."""
+
+    type: type
+    optional: bool
+    range: _Range | None
+
+    @property
+    def expected(self) -> str:
+        """The accepted values in words, for error messages."""
+        if self.range is None:
+            text = "true or false"
+        else:
+            noun = "an integer" if self.type is int else "a number"
+            text = f"{noun} from {self.range.low:,} to {self.range.high:,} {self.range.unit}"
+        return f"{text}, or None to let asyncxfer choose" if self.optional else text
+
+    def check(self, value: object) -> Any:
+        """Return `value` in this key's own type, or raise ValueError or TypeError."""
+        if value is None and self.optional:
+            return None
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise TypeError
+            return value
+        if isinstance(value, bool) or not isinstance(value, Real):  # True is 1 to Python, and a mistake here
+            raise TypeError
+        number = operator.index(value) if self.type is int else float(value)  # type: ignore[arg-type]
+        if self.range is None or not math.isfinite(number) or not self.range.low <= number <= self.range.high:
+            raise ValueError
+        return number
+
+    def parse(self, text: str) -> Any:
+        """Return what the environment variable's `text` stands for, or raise ValueError."""
+        text = text.strip().lower()
+        if self.optional and text in ("none", "auto"):
+            return None
+        if self.type is bool:
+            if text not in _WORDS:
+                raise ValueError
+            return _WORDS[text]
+        return int(text, 0) if self.type is int else float(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Every setting of an agent; immutable, and valid once it exists.
+
+    Parameters
+    ----------
+    copy_threads : int or None, threads
+        Threads of the copy engine. None chooses from the cores this process may run on.
+    inline_bytes : int, bytes
+        A transfer of at most this many bytes may be copied by the calling thread itself.
+    inline_rows : int, rows
+        A transfer of at most this many rows may be copied by the calling thread itself.
+    chunk_bytes : int, bytes
+        Size of the pieces that copy threads share out among themselves.
+    chunk_rows : int, rows
+        Rows at most in one such piece, and in one system call.
+    nontemporal_bytes : int or None, bytes
+        Rows from this size on are written past the cache. None chooses from the cache's size.
+    connect_timeout : float, seconds
+        Longest that `Agent.connect` takes when the call gives no timeout.
+    handshake_timeout : float, seconds
+        Longest that a peer may take to answer once it accepted the connection.
+    close_timeout : float, seconds
+        Longest that a peer's goodbye is waited for when an agent closes.
+    notification_bytes : int, bytes
+        Largest tag that a notification may carry.
+    backlog_bytes : int, bytes
+        Notifications kept for a receiver that does not read them.
+    prefault : bool
+        Touch every page of a region when it is registered, so that no transfer pays for it.
+
+    Raises
+    ------
+    ConfigError
+        A value has the wrong type or lies outside its range.
+    """
+
+    copy_threads: Annotated[int | None, _Range(1, 256, "threads")] = None
+    inline_bytes: Annotated[int, _Range(0, 64 * _MIB, "bytes")] = 32 * _KIB
+    inline_rows: Annotated[int, _Range(0, _MIB, "rows")] = 32
+    chunk_bytes: Annotated[int, _Range(4 * _KIB, _GIB, "bytes")] = _MIB
+    chunk_rows: Annotated[int, _Range(1, _MIB, "rows")] = 1024
+    nontemporal_bytes: Annotated[int | None, _Range(0, _TIB, "bytes")] = None
+    connect_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 10.0
+    handshake_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 1.5
+    close_timeout: Annotated[float, _Range(0.0, 3600.0, "seconds")] = 1.0
+    notification_bytes: Annotated[int, _Range(1, 32 * _KIB, "bytes")] = 32 * _KIB
+    backlog_bytes: Annotated[int, _Range(64 * _KIB, _TIB, "bytes")] = 64 * _MIB
+    prefault: bool = False
+
+    def __post_init__(self) -> None:
+        for name, key in _KEYS.items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, key.check(value))
+            except (TypeError, ValueError, OverflowError):
+                raise ConfigError(f"configuration key {name!r} is {value!r}; expected {key.expected}") from None
+
+    @classmethod
+    def load(cls, source: Config | Mapping[str, object] | None = None) -> Config:
+        """Return the configuration that `source` and the environment make together.
+
+        Parameters
+        ----------
+        source : Config, mapping or None
+            A Config is complete and returned as it is. A mapping's keys win over the variables
+            ``ASYNCXFER_<KEY>``, and these over the defaults. An empty variable counts as not set.
+
+        Returns
+        -------
+        Config
+
+        Raises
+        ------
+        ConfigError
+            An unknown key, or a value that is malformed or outside its range.
+        """
+        if isinstance(source, Config):
+            return source
+        given: dict[str, Any] = {} if source is None else dict(source)
+        _refuse_unknown(given, _KEYS, what="configuration key")
+        return cls(**{**_from_environment(os.environ), **given})
+
+
+def _read_keys(cls: type[Config]) -> dict[str, _Key]:
+    hints = get_type_hints(cls, include_extras=True)
+    keys: dict[str, _Key] = {}
+    for field in fields(cls):
+        hint, limits = hints[field.name], None
+        if get_origin(hint) is Annotated:
+            hint, limits = get_args(hint)
+        options = get_args(hint) or (hint,)
+        keys[field.name] = _Key(options[0], type(None) in options, limits)
+    return keys
+
+
+_KEYS = _read_keys(Config)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    set_here = {
+        name: text
+        for name, text in environ.items()
+        if name.startswith(_PREFIX) and not name.startswith(_BUILD_PREFIX) and text.strip()
+    }
+    _refuse_unknown(set_here, [_PREFIX + name.upper() for name in _KEYS], what="environment variable")
+    values: dict[str, Any] = {}
+    for variable, text in set_here.items():
+        name = variable.removeprefix(_PREFIX).lower()
+        try:
+            values[name] = _KEYS[name].parse(text)
+        except ValueError:
+            expected = _KEYS[name].expected
+            raise ConfigError(f"environment variable {variable} is {text!r}; expected {expected}") from None
+    return values
+
+
+def _refuse_unknown(given: Iterable[object], known: Iterable[str], *, what: str) -> None:
+    names = list(known)
+    for key in given:
+        if key in names:
+            continue
+        close = difflib.get_close_matches(str(key), names, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(names)}"
+        raise ConfigError(f"there is no {what} {key!r}; {advice}")

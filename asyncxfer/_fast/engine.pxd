@@ -1,0 +1,32 @@
+"""The copy engine: prepared work, and the threads that do it."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from asyncxfer._fast.native cimport axf_link
+
+
+cdef extern from "copy.h" nogil:
+    ctypedef struct axf_pair:
+        uint64_t local, remote, length
+        int64_t local_stride, remote_stride
+        uint32_t count, local_segment, remote_segment, reserved
+
+    ctypedef struct axf_chunk:
+        uint64_t pair, row, skip, nbytes
+
+
+cdef struct work_t:
+    axf_pair* pairs             # absolute addresses
+    axf_chunk* chunks
+    uint64_t npairs, nbytes, rows
+    uint32_t nchunks
+    int put, attach, stream
+    int small                   # ends sooner on the caller than a thread would wake
+    axf_link* link              # NULL where both sides are this agent's own
+    uint32_t slot, epoch
+
+
+cdef class Work:
+    cdef work_t w
+    cdef object link
+    cdef object keep

@@ -1,0 +1,172 @@
+# cython: language_level=3, embedsignature=True, freethreading_compatible=True
+"""Shared mappings of files in memory, with exact lifetimes.
+
+Owns mmap, munmap and madvise: a `Mapping` is unmapped when the last buffer over it is gone, never before,
+and `live` counts those that exist, so that a leak can be asserted against. It does not know who made the
+file, who else maps it, or what the bytes mean. The standard library's mmap object would serve, but keeps a
+duplicate of the descriptor open for every mapping and hides its address.
+"""
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.errno cimport EINTR, EINVAL, errno
+from libc.stdint cimport int64_t
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, madvise, mmap, munmap
+from posix.types cimport off_t
+from posix.unistd cimport _SC_PAGESIZE, sysconf
+
+import os
+
+__all__ = ["HUGETLBFS", "TMPFS", "Mapping", "filesystem", "live"]
+
+cdef extern from *:
+    """
+    #include <sys/mman.h>
+    #include <sys/vfs.h>
+    #ifndef MADV_POPULATE_READ     /* linux/mman.h of 5.14; older C libraries lack the names */
+    #define MADV_POPULATE_READ 22
+    #define MADV_POPULATE_WRITE 23
+    #endif
+    """
+    const int MADV_HUGEPAGE
+    const int MADV_POPULATE_READ
+    const int MADV_POPULATE_WRITE
+    struct statfs:
+        long f_type
+        long f_bsize
+    int fstatfs(int fd, statfs *buf) nogil
+
+cdef extern from *:
+    """
+    static long asyncxfer_live_mappings = 0;
+    #define asyncxfer_live_add(n) __atomic_add_fetch(&asyncxfer_live_mappings, (n), __ATOMIC_RELAXED)
+    """
+    long asyncxfer_live_add(long n) noexcept nogil
+
+TMPFS = 0x01021994       # linux/magic.h; memfd and /dev/shm are tmpfs too
+HUGETLBFS = 0x958458F6
+
+cdef unsigned char nothing = 0
+
+
+def live():
+    """Return how many mappings exist in this process."""
+    return asyncxfer_live_add(0)
+
+
+cdef statfs about(int fd) except *:
+    cdef statfs info
+    if fstatfs(fd, &info) != 0:
+        raise OSError(errno, os.strerror(errno), f"descriptor {fd}")
+    return info
+
+
+def filesystem(int fd):
+    """Return the kernel's magic number of the file system that a descriptor's file lies on."""
+    return about(fd).f_type & 0xFFFFFFFF
+
+
+cdef class Mapping:
+    """A range of a file, mapped shared; supports the buffer protocol.
+
+    Parameters
+    ----------
+    fd : int
+        Descriptor of the file. It is not kept: it may be closed as soon as the mapping exists.
+    offset : int, bytes
+        Where the range starts in the file; any value, aligned or not.
+    nbytes : int, bytes
+    writable : bool
+
+    Raises
+    ------
+    ValueError
+        The range does not lie inside the file.
+    OSError
+        The kernel refused.
+    """
+
+    def __init__(self, int fd, int64_t offset, int64_t nbytes, bint writable=True):
+        cdef int64_t granule, end
+        cdef off_t start
+        cdef size_t span
+        cdef int protection = PROT_READ | PROT_WRITE if writable else PROT_READ
+        cdef void *base
+        if self.data != NULL:
+            raise TypeError("a Mapping cannot be made again")
+        end = os.fstat(fd).st_size
+        if offset < 0 or nbytes < 0 or nbytes > end or offset > end - nbytes:
+            raise ValueError(f"{nbytes} bytes at {offset} are not inside the file, which has {end} bytes")
+        self.data = &nothing
+        self.readonly = not writable
+        if nbytes == 0:
+            return
+        granule = sysconf(_SC_PAGESIZE)
+        info = about(fd)
+        if info.f_type & 0xFFFFFFFF == HUGETLBFS:
+            granule = info.f_bsize
+        start = offset - offset % granule
+        # munmap of huge pages wants whole pages
+        span = <size_t>((offset - start + nbytes + granule - 1) // granule * granule)
+        with nogil:
+            base = mmap(NULL, span, protection, MAP_SHARED, fd, start)
+        if base == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno), f"mapping {nbytes} bytes of descriptor {fd}")
+        self.base = base
+        self.span = span
+        self.data = <unsigned char *>base + (offset - start)
+        self.nbytes = <size_t>nbytes
+        asyncxfer_live_add(1)
+
+    def __dealloc__(self):
+        if self.base != NULL:
+            with nogil:  # giving back gigabytes takes the kernel a while
+                munmap(self.base, self.span)
+                asyncxfer_live_add(-1)
+
+    @property
+    def address(self):
+        """Where the first byte lies in this process; 0 when there are no bytes."""
+        return <size_t>self.data if self.base != NULL else 0
+
+    def __len__(self):
+        return self.nbytes
+
+    def __repr__(self):
+        mode = "read-only" if self.readonly else "writable"
+        return f"<Mapping of {self.nbytes} bytes at {self.address:#x}, {mode}>"
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.data, <Py_ssize_t>self.nbytes, self.readonly, flags)
+
+    def advise_huge_pages(self):
+        """Ask for huge pages where the kernel can; returns whether it took the advice.
+
+        Worth calling before the pages are first touched.
+        """
+        return self.base != NULL and madvise(self.base, self.span, MADV_HUGEPAGE) == 0
+
+    def populate(self):
+        """Make every page present, with the GIL released.
+
+        Returns
+        -------
+        bool
+            False when the kernel (before 5.14) cannot, and nothing has happened.
+
+        Raises
+        ------
+        OSError
+            Memory ran out, or the file no longer has all of these bytes.
+        """
+        cdef int advice = MADV_POPULATE_READ if self.readonly else MADV_POPULATE_WRITE
+        cdef int error = EINTR
+        if self.base == NULL:
+            return True
+        with nogil:
+            while error == EINTR:
+                error = 0 if madvise(self.base, self.span, advice) == 0 else errno
+        if error == EINVAL:
+            return False
+        if error:
+            raise OSError(error, os.strerror(error), f"populating {self.nbytes} bytes")
+        return True

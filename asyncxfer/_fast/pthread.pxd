@@ -1,0 +1,43 @@
+"""The little of pthreads and signal masks that our own threads need; Cython ships no declarations of it."""
+
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int sigfillset(sigset_t* s)
+    int sigdelset(sigset_t* s, int number)
+    int pthread_sigmask(int how, const sigset_t* new, sigset_t* old)
+    enum: SIG_SETMASK, SIGBUS, SIGSEGV
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef unsigned long pthread_t
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t* m, void* attr)
+    int pthread_mutex_lock(pthread_mutex_t* m)
+    int pthread_mutex_unlock(pthread_mutex_t* m)
+    int pthread_cond_init(pthread_cond_t* c, void* attr)
+    int pthread_cond_wait(pthread_cond_t* c, pthread_mutex_t* m)
+    int pthread_cond_signal(pthread_cond_t* c)
+    int pthread_cond_broadcast(pthread_cond_t* c)
+    int pthread_create(pthread_t* t, void* attr, void* (*run)(void*) noexcept nogil, void* arg)
+    int pthread_join(pthread_t t, void** result)
+    int pthread_setname_np(pthread_t t, const char* name)
+
+
+cdef inline int start_thread(pthread_t* thread, void* (*run)(void*) noexcept nogil, const char* name) noexcept nogil:
+    """Starts a thread of ours; 0 or errno. Signals stay with the program's own threads, faults excepted."""
+    cdef sigset_t ours, before
+    cdef int rc
+    sigfillset(&ours)
+    sigdelset(&ours, SIGBUS)
+    sigdelset(&ours, SIGSEGV)
+    pthread_sigmask(SIG_SETMASK, &ours, &before)
+    rc = pthread_create(thread, NULL, run, NULL)
+    if rc == 0:
+        pthread_setname_np(thread[0], name)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    return rc

@@ -1,0 +1,422 @@
+"""What agents tell one another, as bytes: agent metadata, control frames, notifications.
+
+A sans-I/O codec: bytes in, typed values out, and back. It owns the wire format and distrusts every byte of
+it: all strings, lists and integers are bounded, nothing is unpickled, and a value that decodes is also
+consistent (every part of a region lies inside its segment). Bad bytes give MetadataError, never another
+exception. It refuses to know sockets, file descriptors and agents; who may send what when is the control
+channel's business.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ._descriptors import Layout, MemoryKind
+from ._errors import MetadataError
+
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "MAX_METADATA_BYTES",
+    "MAX_TAG_BYTES",
+    "PROTOCOL",
+    "AgentMetadata",
+    "Bye",
+    "Frame",
+    "Hello",
+    "Note",
+    "NoteKind",
+    "Ready",
+    "Refused",
+    "RegionAdded",
+    "RegionInfo",
+    "RegionRemoved",
+    "SegmentInfo",
+    "Welcome",
+    "decode",
+    "decode_frame",
+    "decode_note",
+    "encode",
+    "encode_frame",
+    "encode_note",
+]
+
+PROTOCOL = 1
+"""Version of the control protocol that this code speaks."""
+
+MAX_METADATA_BYTES = 64 * 1024
+MAX_FRAME_BYTES = 60_000  # one sequenced packet on a Unix socket with default buffers, with room to spare
+MAX_TAG_BYTES = 32 * 1024
+
+_MAX_PARTS = 4096
+_MAX_DIMS = 64  # numpy's own limit
+_MAX_DESCRIPTORS = 253  # SCM_MAX_FD: descriptors that one message may carry
+
+_Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Unsigned = Annotated[int, Meta(ge=0)]  # MessagePack has no integer above 2**64 - 1
+_Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"\A[^\x00-\x1f\x7f]+\Z")]
+_Text = Annotated[str, Meta(max_length=1000)]
+_Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+_Shape = Annotated[tuple[_Unsigned, ...], Meta(max_length=_MAX_DIMS)]
+_Strides = Annotated[tuple[int, ...], Meta(max_length=_MAX_DIMS)]
+
+
+class AgentMetadata(Struct, frozen=True, kw_only=True):
+    """What another agent needs to find this one.
+
+    Attributes
+    ----------
+    version : int
+        Control protocol that the agent speaks.
+    name : str
+    generation : int
+        Grows each time that an agent of this name starts: tells a restart from a reconnect.
+    process, host : (16,) bytes
+        Random identities of the process and of the booted host.
+    addresses : list of str
+        Where its control channel answers.
+    """
+
+    version: _Index = PROTOCOL
+    name: _Name
+    generation: _Unsigned
+    process: _Bytes16
+    host: _Bytes16
+    addresses: Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=64)]
+
+
+class SegmentInfo(Struct, frozen=True, array_like=True):
+    """One contiguous range of a region's memory, and the file behind it if a peer may map that.
+
+    Attributes
+    ----------
+    address : int
+        Where it lies in its owner's address space.
+    nbytes : int, bytes
+    backing : int
+        Index into the descriptors that came with the frame; -1 when there is no file to map.
+    backing_offset : int, bytes
+        Where the segment starts in that file.
+    sealed : bool
+        The file can never shrink, so a mapping of it can never fault.
+    """
+
+    address: _Unsigned
+    nbytes: _Unsigned
+    backing: Annotated[int, Meta(ge=-1, lt=_MAX_DESCRIPTORS)] = -1
+    backing_offset: _Unsigned = 0
+    sealed: bool = False
+
+
+class RegionInfo(Struct, frozen=True, kw_only=True):
+    """A region as its peers see it: identity, access, layout and segments.
+
+    `shapes`, `strides` and `offsets` have one entry per segment, or a single one when all parts are alike;
+    `RegionInfo.of` makes the short form and `layout` undoes it.
+
+    Raises
+    ------
+    MetadataError
+        The parts do not fit their segments (checked whenever one is made or decoded).
+    """
+
+    id: _Unsigned
+    slot: _Index
+    epoch: _Unsigned
+    name: _Name
+    kind: MemoryKind
+    device: Annotated[int, Meta(ge=-1, le=2**16)] = 0
+    access: Literal["r", "w", "rw"]
+    dtype: Annotated[str, Meta(min_length=1, max_length=64)]
+    itemsize: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    shapes: Annotated[tuple[_Shape, ...], Meta(min_length=1, max_length=_MAX_PARTS)]
+    strides: Annotated[tuple[_Strides, ...], Meta(min_length=1, max_length=_MAX_PARTS)]
+    offsets: Annotated[tuple[_Unsigned, ...], Meta(min_length=1, max_length=_MAX_PARTS)]
+    stacked: bool = False
+    segments: Annotated[tuple[SegmentInfo, ...], Meta(min_length=1, max_length=_MAX_PARTS)]
+
+    def __post_init__(self) -> None:
+        parts = len(self.segments)
+        if not self.stacked and parts != 1:
+            raise MetadataError(f"region {self.name!r} is not stacked and has {parts} segments; expected 1")
+        for field in ("shapes", "strides", "offsets"):
+            count = len(getattr(self, field))
+            if count not in (1, parts):
+                raise MetadataError(f"region {self.name!r} has {count} {field} for {parts} segments; expected 1 or {parts}")
+        for index, (segment, part) in enumerate(zip(self.segments, self._parts(), strict=True)):
+            fault = _fault(segment, *part, self.itemsize)
+            if fault:
+                raise MetadataError(f"region {self.name!r}, part {index}: {fault}")
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        segments: Sequence[SegmentInfo],
+        *,
+        id: int,
+        slot: int,
+        epoch: int,
+        name: str,
+        kind: MemoryKind,
+        device: int,
+        access: Literal["r", "w", "rw"],
+        dtype: str,
+    ) -> RegionInfo:
+        """Describe a region of this `layout` whose bytes lie in `segments`."""
+        parts = list(zip(layout.shapes, layout.strides, layout.offsets, strict=True))
+        if len(set(parts)) == 1:
+            del parts[1:]
+        return cls(
+            id=id, slot=slot, epoch=epoch, name=name, kind=kind, device=device, access=access, dtype=dtype,
+            itemsize=layout.itemsize,
+            shapes=tuple(shape for shape, _, _ in parts),
+            strides=tuple(strides for _, strides, _ in parts),
+            offsets=tuple(offset for _, _, offset in parts),
+            stacked=layout.stacked, segments=tuple(segments),
+        )  # fmt: skip
+
+    def layout(self) -> Layout:
+        """Return the layout that the region is indexed by."""
+        parts = self._parts()
+        return Layout(
+            segment_sizes=tuple(segment.nbytes for segment in self.segments),
+            shapes=tuple(shape for shape, _, _ in parts),
+            strides=tuple(strides for _, strides, _ in parts),
+            offsets=tuple(offset for _, _, offset in parts),
+            itemsize=self.itemsize,
+            stacked=self.stacked,
+        )
+
+    def _parts(self) -> list[tuple[_Shape, _Strides, int]]:
+        """Shape, strides and offset of each segment's part, written out."""
+        fields = (self.shapes, self.strides, self.offsets)
+        shapes, strides, offsets = (f * len(self.segments) if len(f) == 1 else f for f in fields)
+        return list(zip(shapes, strides, offsets, strict=True))
+
+
+def _fault(segment: SegmentInfo, shape: _Shape, strides: _Strides, offset: int, itemsize: int) -> str | None:
+    """Say what is wrong with a part of a region, in exact integers of any size."""
+    if segment.address + segment.nbytes > 2**64:
+        return f"{segment.nbytes} bytes at address {segment.address:#x} pass the end of the address space"
+    if segment.backing_offset + segment.nbytes > 2**63 - 1:
+        return f"{segment.nbytes} bytes at {segment.backing_offset} of its file pass the largest file offset"
+    if len(shape) != len(strides):
+        return f"{len(shape)} dimensions and {len(strides)} strides"
+    if itemsize * math.prod(shape) > segment.nbytes:
+        return f"shape {shape} of {itemsize}-byte items is larger than its segment of {segment.nbytes} bytes"
+    low = high = offset
+    if 0 not in shape:
+        steps = [(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]
+        low += sum(step for step in steps if step < 0)
+        high += sum(step for step in steps if step > 0) + itemsize
+    if low < 0 or high > segment.nbytes:
+        return f"bytes {low} to {high} are outside its segment of {segment.nbytes} bytes"
+    return None
+
+
+class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
+    """First frame of the side that connected."""
+
+    version: _Index = PROTOCOL
+    name: _Name
+    generation: _Unsigned
+    process: _Bytes16
+    host: _Bytes16
+
+
+class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
+    """Answer to Hello: who accepted, and a value at an address to try cross-process reads on."""
+
+    name: _Name
+    generation: _Unsigned
+    process: _Bytes16
+    host: _Bytes16
+    probe_address: _Unsigned
+    probe_value: _Bytes16
+    slots: _Index
+
+
+class RegionAdded(Struct, frozen=True, tag="added"):
+    """A region exists; its descriptors travel with the frame."""
+
+    info: RegionInfo
+
+
+class RegionRemoved(Struct, frozen=True, tag="removed"):
+    """A region is gone."""
+
+    id: _Unsigned
+
+
+class Ready(Struct, frozen=True, tag="ready"):
+    """All regions that existed at the handshake have been sent."""
+
+
+class Bye(Struct, frozen=True, tag="bye"):
+    """The sender leaves on purpose."""
+
+    reason: _Text = ""
+
+
+class Refused(Struct, frozen=True, tag="refused"):
+    """The connection is not accepted; the last frame of a channel."""
+
+    reason: _Text
+
+
+Frame: TypeAlias = Hello | Welcome | RegionAdded | RegionRemoved | Ready | Bye | Refused
+
+
+class NoteKind(enum.IntEnum):
+    """First byte of a notification."""
+
+    DELIVERED = ord("N")
+    """The transfer's data is in place."""
+    ANNOUNCED = ord("I")
+    """A transfer with this tag has begun."""
+    FAILED = ord("F")
+    """The transfer with this tag will not complete."""
+
+
+class Note(NamedTuple):
+    """A notification: what happened, and the tag it carries."""
+
+    kind: NoteKind
+    tag: bytes
+
+
+_T = TypeVar("_T")
+_MAGIC = b"AXFM"
+_FORMAT = 1
+_HEADER = struct.Struct(">4sBI")  # magic, format, crc32 of the rest
+_FRAME_MARK = b"M"
+_NOTE_KINDS = {int(kind): kind for kind in NoteKind}
+
+_encoder = msgspec.msgpack.Encoder()
+_metadata_decoder = msgspec.msgpack.Decoder(AgentMetadata)
+_frame_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
+
+
+def encode(metadata: AgentMetadata) -> bytes:
+    """Return `metadata` as bytes for a side channel or a directory.
+
+    Raises
+    ------
+    MetadataError
+        A field is out of its bounds, or the result would pass 64 KiB.
+    """
+    payload = _pack(metadata, _metadata_decoder, what="agent metadata")
+    data = _HEADER.pack(_MAGIC, _FORMAT, zlib.crc32(payload)) + payload
+    if len(data) > MAX_METADATA_BYTES:
+        raise MetadataError(f"agent metadata of {len(data)} bytes; at most {MAX_METADATA_BYTES} can be sent")
+    return data
+
+
+def decode(data: bytes) -> AgentMetadata:
+    """Return the metadata that `encode` made `data` from.
+
+    Raises
+    ------
+    MetadataError
+        The bytes are not agent metadata, are damaged, or come from a newer format.
+    """
+    if len(data) > MAX_METADATA_BYTES:
+        raise MetadataError(f"agent metadata of {len(data)} bytes; expected at most {MAX_METADATA_BYTES}")
+    if len(data) < _HEADER.size:
+        raise MetadataError(f"agent metadata of {len(data)} bytes; expected at least {_HEADER.size}")
+    magic, version, crc = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise MetadataError(f"not agent metadata: it begins with {magic!r}, expected {_MAGIC!r}")
+    if version != _FORMAT:
+        raise MetadataError(f"agent metadata in format {version}; this asyncxfer reads format {_FORMAT}")
+    payload = memoryview(data)[_HEADER.size :]
+    if zlib.crc32(payload) != crc:
+        raise MetadataError(f"agent metadata is damaged: checksum {zlib.crc32(payload):#010x}, expected {crc:#010x}")
+    return _unpack(payload, _metadata_decoder, what="agent metadata")
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """Return a control frame as bytes.
+
+    Raises
+    ------
+    MetadataError
+        A field is out of its bounds, or the frame would pass 60,000 bytes.
+    """
+    what = f"control frame {type(frame).__name__}"
+    data = _FRAME_MARK + _pack(frame, _frame_decoder, what=what)
+    if len(data) > MAX_FRAME_BYTES:
+        advice = ""
+        if isinstance(frame, RegionAdded):
+            advice = f"; register the {len(frame.info.segments)} arrays of {frame.info.name!r} as several regions"
+        raise MetadataError(f"{what} of {len(data)} bytes; at most {MAX_FRAME_BYTES} can be sent{advice}")
+    return data
+
+
+def decode_frame(data: bytes) -> Frame:
+    """Return the control frame that `encode_frame` made `data` from.
+
+    Raises
+    ------
+    MetadataError
+        The bytes are not a well-formed control frame.
+    """
+    if len(data) > MAX_FRAME_BYTES:
+        raise MetadataError(f"control frame of {len(data)} bytes; expected at most {MAX_FRAME_BYTES}")
+    if data[:1] != _FRAME_MARK:
+        raise MetadataError(f"not a control frame: it begins with {bytes(data[:1])!r}, expected {_FRAME_MARK!r}")
+    return _unpack(memoryview(data)[1:], _frame_decoder, what="control frame")
+
+
+def encode_note(kind: NoteKind, tag: bytes) -> bytes:
+    """Return a notification as bytes.
+
+    Raises
+    ------
+    MetadataError
+        `tag` is longer than 32 KiB.
+    """
+    if len(tag) > MAX_TAG_BYTES:
+        raise MetadataError(f"notification tag of {len(tag)} bytes; at most {MAX_TAG_BYTES} can be sent")
+    return bytes((kind,)) + tag
+
+
+def decode_note(data: bytes) -> Note:
+    """Return the notification that `data` stands for.
+
+    Raises
+    ------
+    MetadataError
+        The bytes are not a notification.
+    """
+    kind = _NOTE_KINDS.get(data[0]) if data else None
+    if kind is None:
+        known = ", ".join(repr(bytes((value,))) for value in _NOTE_KINDS)
+        raise MetadataError(f"not a notification: it begins with {bytes(data[:1])!r}, expected one of {known}")
+    if len(data) > 1 + MAX_TAG_BYTES:
+        raise MetadataError(f"notification tag of {len(data) - 1} bytes; expected at most {MAX_TAG_BYTES}")
+    return Note(kind, bytes(data[1:]))
+
+
+def _pack(value: _T, decoder: msgspec.msgpack.Decoder[_T], *, what: str) -> bytes:
+    try:
+        payload = _encoder.encode(value)
+    except (msgspec.MsgspecError, TypeError, OverflowError, UnicodeError) as error:
+        raise MetadataError(f"{what} cannot be encoded: {error}") from error
+    _unpack(payload, decoder, what=f"own {what}")  # bounds hold here, so that no peer has to refuse it
+    return payload
+
+
+def _unpack(payload: memoryview | bytes, decoder: msgspec.msgpack.Decoder[_T], *, what: str) -> _T:
+    try:
+        return decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise MetadataError(f"{what} does not decode: {error}") from error

@@ -1,0 +1,318 @@
+"""All that the author of a backend imports.
+
+A backend moves bytes between places that it understands, and knows nothing of futures, event loops, notifications,
+time-outs or retries: it is handed a completion and ends it, from any thread. It is found through the entry point
+group ``asyncxfer.backends`` and made once for each agent.
+
+Five methods are required: `Backend.register`, `Backend.deregister`, `Backend.connect`, `Backend.submit` and
+`Backend.aclose`. `Backend.capabilities` says what it could carry at all, `Backend.offers` what it can carry between
+two given regions and at what cost; the chooser compares offers of all backends.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ._descriptors import Layout, MemoryKind
+from ._errors import BackendError, RegistrationError
+from ._fast.completion import Completion
+from ._memory import Memory, Segment
+
+if TYPE_CHECKING:
+    from ._config import Config
+    from ._fast.link import Link
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Capabilities",
+    "Completion",
+    "Cost",
+    "Endpoint",
+    "Layout",
+    "Memory",
+    "MemoryKind",
+    "Offer",
+    "Op",
+    "PeerInfo",
+    "Reach",
+    "Registration",
+    "RegistrationError",
+    "RemoteRegistration",
+    "Request",
+    "Segment",
+]
+
+Op: TypeAlias = Literal["put", "get"]
+
+
+class Reach(enum.IntEnum):
+    """How far away the other side of a transfer may be."""
+
+    PROCESS = 0
+    HOST = 1
+    NETWORK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend could carry, before any region or peer is looked at.
+
+    Attributes
+    ----------
+    reach : Reach
+        The farthest peer.
+    kinds : frozenset of (MemoryKind, MemoryKind)
+        Pairs of local and remote place.
+    """
+
+    reach: Reach
+    kinds: frozenset[tuple[MemoryKind, MemoryKind]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a transfer is predicted to take: a constant, a part for each row and a part for each byte.
+
+    Attributes
+    ----------
+    setup : float, seconds
+    row : float, seconds a row
+    byte : float, seconds a byte
+    """
+
+    setup: float
+    row: float
+    byte: float
+
+    def predict(self, rows: int, nbytes: int) -> float:
+        """Seconds for a transfer of so many rows and bytes."""
+        return self.setup + rows * self.row + nbytes * self.byte
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One way by which a backend would carry a transfer, or why it cannot.
+
+    Attributes
+    ----------
+    via : str
+        Which of the backend's ways: ``"mapped"``, ``"attach"``; empty where it has one.
+    cost : Cost or None
+        None: it cannot, for `reason`.
+    reason : str
+    """
+
+    via: str = ""
+    cost: Cost | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerInfo:
+    """A peer that has been connected, as a backend sees it.
+
+    Attributes
+    ----------
+    name : str
+    generation : int
+    reach : Reach
+        How far away it is.
+    pid : int
+        Its process on this host; 0 elsewhere.
+    probe : (int, bytes)
+        An address in that process and what stands there, to try direct access on.
+    link : Link
+        The control connection, for native code.
+    address : bytes
+        What the peer's own backend of this kind returned from `Backend.address`.
+    """
+
+    name: str
+    generation: int
+    reach: Reach
+    pid: int
+    probe: tuple[int, bytes]
+    link: Link
+    address: bytes = b""
+
+
+@dataclass(slots=True, eq=False)
+class Registration:
+    """Memory of this agent that a backend may use; backends subclass it to keep what they need."""
+
+    memory: Memory
+
+    @property
+    def bases(self) -> npt.NDArray[np.uint64]:
+        """Where each segment begins in this process: (segments,) uint64."""
+        return np.array([s.address for s in self.memory.segments], dtype=np.uint64)
+
+
+@dataclass(slots=True, eq=False)
+class RemoteRegistration:
+    """A peer's region as one backend reaches it; backends subclass it to keep what they need.
+
+    Attributes
+    ----------
+    kind : MemoryKind
+    segments : tuple of Segment
+        Addresses in the peer's process.
+    """
+
+    kind: MemoryKind
+    segments: tuple[Segment, ...]
+
+
+class Endpoint:
+    """One peer as one backend reaches it. Backends subclass it."""
+
+    def attach(
+        self, kind: MemoryKind, segments: tuple[Segment, ...], backings: Sequence[tuple[int, int] | None], export: bytes
+    ) -> RemoteRegistration:
+        """Take note of a region of this peer.
+
+        Parameters
+        ----------
+        kind : MemoryKind
+        segments : tuple of Segment
+            Addresses in the peer's process and lengths, as the peer states them.
+        backings : sequence of (int, int) or None
+            For each segment the file behind it, where the peer shares one: a descriptor that stays open during
+            this call, and the offset in bytes.
+        export : bytes
+            What the peer's backend of this name returned from `Backend.export`.
+        """
+        return RemoteRegistration(kind, segments)
+
+    def detach(self, remote: RemoteRegistration) -> None:
+        """Forget a region that the peer has taken back, once nothing in flight uses it."""
+
+    def close(self) -> None:
+        """Forget the peer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A transfer that was checked, matched and routed: what a backend carries out, once or many times.
+
+    Attributes
+    ----------
+    op : "put" or "get"
+    via : str
+        The `Offer.via` that was chosen.
+    local : Registration
+    remote : RemoteRegistration or Registration
+        The latter when both sides belong to this agent.
+    pairs : (n,) PAIR
+        Matched rows in stream order, offsets relative to segments.
+    nbytes, rows : int
+    endpoint : Endpoint or None
+    link, slot, epoch
+        The connection and the gate that guards the remote region; native code passes it chunk by chunk.
+    keep : tuple
+        What has to live while this is in use.
+    """
+
+    op: Op
+    via: str
+    local: Registration
+    remote: RemoteRegistration | Registration
+    pairs: npt.NDArray[np.void]
+    nbytes: int
+    rows: int
+    endpoint: Endpoint | None = None
+    link: Link | None = None
+    slot: int = 0
+    epoch: int = 0
+    keep: tuple[object, ...] = field(default=(), repr=False)
+
+
+class Backend(abc.ABC):
+    """One way of moving bytes.
+
+    Parameters
+    ----------
+    config : Config
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def probe(self) -> str:
+        """Say in a line what this machine lets the backend do, for ``asyncxfer doctor``.
+
+        Raises
+        ------
+        BackendError
+            It cannot work here; the message says what is missing and how to get it.
+        """
+        return "ready"
+
+    @abc.abstractmethod
+    def register(self, memory: Memory) -> Registration:
+        """Make memory usable.
+
+        Raises
+        ------
+        RegistrationError
+            This backend cannot use it.
+        """
+
+    @abc.abstractmethod
+    def deregister(self, registration: Registration) -> None:
+        """Undo `register`. Nothing in flight uses it any more."""
+
+    @abc.abstractmethod
+    async def connect(self, peer: PeerInfo) -> Endpoint:
+        """Reach a peer.
+
+        Raises
+        ------
+        BackendError
+            It cannot be reached this way; the message says why.
+        """
+
+    @abc.abstractmethod
+    def submit(self, prepared: Any, completion: Completion, priority: int = 0) -> None:
+        """Start a transfer and return at once; it ends through `completion`, from any thread.
+
+        Parameters
+        ----------
+        prepared : object
+            What `prepare` made of the request.
+        """
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Give back everything. All transfers have ended, all regions are deregistered."""
+
+    # -- optional
+
+    def address(self) -> bytes:
+        """What peers need to know to reach this backend; handed to their `connect`."""
+        return b""
+
+    def export(self, registration: Registration) -> bytes:
+        """What peers need to know of a region (a remote key, say); handed to their `Endpoint.attach`."""
+        return b""
+
+    def prepare(self, request: Request) -> Any:
+        """Make a request ready to be submitted many times."""
+        return request
+
+    def offers(
+        self, op: Op, local: Registration, remote: RemoteRegistration | Registration, endpoint: Endpoint | None
+    ) -> Sequence[Offer]:
+        """Ways to carry transfers between two regions, each with its cost or the reason why not."""
+        return (Offer(reason="makes no offers"),)

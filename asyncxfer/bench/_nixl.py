@@ -1,0 +1,143 @@
+"""Real NIXL as one side of a pair, through its own Python API, prepared as far as it can be.
+
+Both descriptor lists and the request are prepared before the clock starts; the clock runs from
+``transfer`` until ``check_xfer_state`` says DONE, polled without pause. Its memory is always an
+ordinary numpy array, which it moves no slower than a shared mapping. It knows nothing of asyncxfer
+but the cases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ._pattern import Bytes
+from ._shapes import Case, Memory, Rows
+from ._side import Message, Role, Side
+
+__all__ = ["INSTALL", "NixlSide", "installed_version"]
+
+INSTALL = "pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1"
+_OPERATIONS = {"put": "WRITE", "get": "READ"}
+
+
+def installed_version() -> str | None:
+    """The version of NIXL that is installed, or None."""
+    if importlib.util.find_spec("nixl") is None:
+        return None
+    return importlib.metadata.version("nixl")
+
+
+class NixlSide(Side):
+    """An initiator or a target that is a ``nixl_agent`` with the UCX backend.
+
+    Parameters
+    ----------
+    role : {"initiator", "target"}
+    progress_thread : bool
+        NIXL's own default is True: one thread an agent, which spins.
+    """
+
+    def __init__(self, role: Role, *, progress_thread: bool) -> None:
+        api: Any = importlib.import_module("nixl._api")
+        config = api.nixl_agent_config(enable_prog_thread=progress_thread)
+        self._agent: Any = api.nixl_agent(role, config)
+        self._progress_thread = progress_thread
+        self._array: Bytes = np.zeros(0, dtype=np.uint8)
+        self._registration: Any = None
+        self._peer = ""
+        self._peer_start = 0
+        self._prepared: list[Any] = []
+        self._progress: asyncio.Task[None] | None = None
+
+    async def open(self, nbytes: int, memories: Sequence[Memory]) -> str:
+        self._array = np.zeros(nbytes, dtype=np.uint8)
+        self._array[:] = 1  # every page is there before anything is registered or timed
+        row = (self._array.ctypes.data, nbytes, 0, "")
+        self._registration = self._agent.register_memory([row], "DRAM")
+        if not self._progress_thread:
+            # Without its thread an agent answers a connection request only while it is polled.
+            self._progress = asyncio.create_task(self._poll())
+        metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
+        return json.dumps({"metadata": metadata, "start": self._array.ctypes.data})
+
+    async def _poll(self) -> None:
+        while True:
+            self._agent.get_new_notifs()
+            await asyncio.sleep(0.001)
+
+    async def _end_polling(self) -> None:
+        if self._progress is not None:
+            self._progress.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._progress
+            self._progress = None
+
+    async def connect(self, address: str) -> None:
+        message = json.loads(address)
+        self._peer = self._agent.add_remote_agent(base64.b64decode(message["metadata"]))
+        self._peer_start = message["start"]
+        self._agent.make_connection(self._peer)
+
+    async def prepare(self, case: Case) -> None:
+        here = _rows(self._array.ctypes.data, *case.rows(case.local_order()))
+        there = _rows(self._peer_start, *case.rows(case.remote_order()))
+        local = self._agent.prep_xfer_dlist("", here, "DRAM")
+        remote = self._agent.prep_xfer_dlist(self._peer, there, "DRAM")
+        every = np.arange(case.shape.count, dtype=np.int32)
+        request = self._agent.make_prepped_xfer(
+            _OPERATIONS[case.op], local, every, remote, every
+        )
+        self._prepared = [request, local, remote]
+
+    async def answer(self, message: Message) -> Message:
+        if message["do"] in {"fill", "blank"}:
+            await self._end_polling()  # connected and warm: from here on a target does nothing
+        return await super().answer(message)
+
+    async def run(self, repeats: int) -> Message:
+        post, check, request = self._agent.transfer, self._agent.check_xfer_state, self._prepared[0]
+        cpu, start = time.process_time(), time.perf_counter()
+        for _ in range(repeats):
+            state = post(request)
+            while state == "PROC":
+                state = check(request)
+            if state != "DONE":
+                raise RuntimeError(f"NIXL ended a transfer in state {state}")
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": "UCX"}
+
+    async def release(self) -> None:
+        await self._end_polling()
+        if self._prepared:
+            request, *lists = self._prepared
+            self._prepared = []
+            self._agent.release_xfer_handle(request)
+            for prepared in lists:
+                self._agent.release_dlist_handle(prepared)
+
+    async def close(self) -> None:
+        await self.release()
+        if self._peer:
+            self._agent.remove_remote_agent(self._peer)
+        if self._registration is not None:
+            self._agent.deregister_memory(self._registration)
+
+    def memory(self, memory: Memory) -> Bytes:
+        return self._array
+
+
+def _rows(start: int, offsets: Rows, lengths: Rows) -> Rows:
+    """Rows of address, length and device, as ``prep_xfer_dlist`` takes them."""
+    device = np.zeros_like(offsets)
+    return np.column_stack((offsets + np.uint64(start), lengths, device))

@@ -1,0 +1,145 @@
+"""asyncxfer as one side of a pair, through its public API only.
+
+The clock runs from calling a prepared plan to its awaited result. Besides single rounds an
+initiator can be watched: how late its loop is while it moves data back to back, and what thousands
+of transfers in flight at once cost in memory. It knows nothing of any other system.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from asyncxfer import Agent, Peer, Plan, Region, Transfer
+
+from ._pattern import Bytes
+from ._shapes import Case, Memory
+from ._side import Message, Role, Side
+from ._ticker import Ticker, percentiles
+
+__all__ = ["OurSide"]
+
+
+class OurSide(Side):
+    """An initiator or a target that is an `Agent` with its default settings."""
+
+    def __init__(self, role: Role) -> None:
+        self._agent = Agent(role)
+        self._regions: dict[Memory, Region] = {}
+        self._arrays: dict[Memory, Bytes] = {}
+        self._peer: Peer | None = None
+        self._plan: Plan | None = None
+
+    async def open(self, nbytes: int, memories: Sequence[Memory]) -> str:
+        await self._agent.start()
+        for memory in memories:
+            if memory == "mapped":
+                region = await self._agent.allocate((nbytes,), np.uint8, name=memory)
+                array: Bytes = region.array
+            else:
+                array = np.zeros(nbytes, dtype=np.uint8)
+                region = await self._agent.register(array, name=memory)
+            array[:] = 1  # every page is there before anything is timed
+            self._regions[memory], self._arrays[memory] = region, array
+        return base64.b64encode(self._agent.metadata()).decode()
+
+    async def connect(self, address: str) -> None:
+        self._peer = await self._agent.connect(base64.b64decode(address))
+
+    async def prepare(self, case: Case) -> None:
+        here = self._regions[case.memory].descriptors(*case.rows(case.local_order()))
+        there = self._connected()[case.memory].descriptors(*case.rows(case.remote_order()))
+        self._plan = self._agent.prepare(case.op, here, there)
+
+    async def run(self, repeats: int) -> Message:
+        plan = self._prepared()
+        cpu, start = time.process_time(), time.perf_counter()
+        for _ in range(repeats):
+            done = await plan()
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": done.backend}
+
+    async def release(self) -> None:
+        self._plan = None
+
+    async def close(self) -> None:
+        await self._agent.aclose()
+
+    def memory(self, memory: Memory) -> Bytes:
+        return self._arrays[memory]
+
+    async def answer_more(self, do: str, case: Case, message: Message) -> Message:
+        if do == "idle":
+            return await _tick_while_idle(message["seconds"])
+        if do == "stall":
+            return await self._tick_while_moving(message["seconds"])
+        if do == "flood":
+            return await self._flood(case, message["transfers"])
+        return await super().answer_more(do, case, message)
+
+    async def _tick_while_moving(self, seconds: float) -> Message:
+        plan, transfers = self._prepared(), 0
+        with Ticker() as ticker:
+            start = time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < seconds:
+                await plan()
+                transfers += 1
+        return {
+            "lateness": percentiles(ticker.lateness),
+            "ticks": len(ticker.lateness),
+            "transfers": transfers,
+            "seconds": elapsed,
+        }
+
+    async def _flood(self, case: Case, transfers: int) -> Message:
+        """Post `transfers` copies of the case, each over its own rows, before awaiting any."""
+        (offsets, lengths), (remote_offsets, _) = (
+            case.rows(order) for order in (case.local_order(), case.remote_order())
+        )
+        here = self._regions[case.memory].descriptors(offsets, lengths)
+        there = self._connected()[case.memory].descriptors(remote_offsets, lengths)
+        rows = case.shape.count // transfers
+        parts = np.arange(case.shape.count, dtype=np.int64).reshape(transfers, rows)
+        lists = [(here.select(part), there.select(part)) for part in parts]
+        call = self._agent.put if case.op == "put" else self._agent.get
+        gc.collect()
+        before, start = _private_bytes(), time.perf_counter()
+        posted: list[Transfer] = [call(local, remote) for local, remote in lists]
+        in_flight = sum(not transfer.done() for transfer in posted)
+        during = _private_bytes()
+        await asyncio.gather(*posted)
+        seconds = time.perf_counter() - start
+        del posted
+        gc.collect()
+        memory = {"before": before, "during": during, "after": _private_bytes()}
+        return {"in_flight": in_flight, "seconds": seconds, "memory": memory}
+
+    def _prepared(self) -> Plan:
+        if self._plan is None:
+            raise RuntimeError("a run came before its case was prepared")
+        return self._plan
+
+    def _connected(self) -> Peer:
+        if self._peer is None:
+            raise RuntimeError("a case came before the peer was connected")
+        return self._peer
+
+
+async def _tick_while_idle(seconds: float) -> Message:
+    with Ticker() as ticker:
+        await asyncio.sleep(seconds)
+    return {"lateness": percentiles(ticker.lateness), "ticks": len(ticker.lateness)}
+
+
+def _private_bytes() -> int:
+    """Resident memory of this process that no mapping shares: what a leak would add to."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("/proc/self/status has no RssAnon line; a Linux of 4.5 or newer has one")

@@ -1,0 +1,127 @@
+"""What is moved: shapes, and cases made of a shape, a memory, a direction and a seed.
+
+A shape is a number of rows of one length. Rows lie two lengths apart on both sides, so that no two
+of them can be merged, and the remote side takes them in an order drawn from the seed. Nothing here
+knows a system, a process or a clock; both processes of a pair derive the same rows from a case.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DEFAULT_SHAPES", "Case", "Memory", "Op", "Rows", "Shape"]
+
+Memory = Literal["mapped", "ordinary"]
+Op = Literal["put", "get"]
+Rows = NDArray[np.uint64]
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_SHAPE = re.compile(r"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)", re.IGNORECASE)
+
+#: Bytes that a round moves at least, by repeating a small shape, up to this many times.
+_ROUND_BYTES = 32 << 20
+_MOST_REPEATS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """`count` rows of `length` bytes each."""
+
+    count: int
+    length: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Read ``"16384x4KiB"``; units are B, KiB, MiB and GiB.
+
+        Raises
+        ------
+        ValueError
+            If `text` is not of that form, or either number is zero.
+        """
+        match = _SHAPE.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"shape {text!r} is not COUNTxSIZE; write for instance 16384x4KiB")
+        shape = cls(int(match["count"]), int(match["size"]) * _UNITS[match["unit"].upper()])
+        if shape.nbytes == 0:
+            raise ValueError(f"shape {text!r} has no bytes; both numbers must be at least 1")
+        return shape
+
+    def __str__(self) -> str:
+        for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+            if self.length % size == 0:
+                return f"{self.count}x{self.length // size}{unit}"
+        return f"{self.count}x{self.length}B"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one transfer moves."""
+        return self.count * self.length
+
+    @property
+    def stride(self) -> int:
+        """Bytes from the start of one row to the start of the next."""
+        return 2 * self.length
+
+    @property
+    def span(self) -> int:
+        """Bytes of memory that the rows lie in, gaps included."""
+        return self.count * self.stride
+
+    @property
+    def repeats(self) -> int:
+        """Transfers that are awaited one after the other in a round."""
+        return max(1, min(_MOST_REPEATS, _ROUND_BYTES // self.nbytes))
+
+
+DEFAULT_SHAPES = (
+    Shape(16384, 4 << 10),
+    Shape(4096, 16 << 10),
+    Shape(1024, 64 << 10),
+    Shape(1, 64 << 20),
+    Shape(1, 4 << 10),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of a benchmark: a shape in a memory, moved in a direction."""
+
+    shape: Shape
+    memory: Memory
+    op: Op
+    seed: int
+
+    def to_message(self) -> dict[str, Any]:
+        """As plain values, for the pipe to a worker."""
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> Case:
+        """The reverse of `to_message`."""
+        shape = Shape(**message["shape"])
+        memory, op = cast(Memory, message["memory"]), cast(Op, message["op"])
+        return cls(shape, memory, op, message["seed"])
+
+    def local_order(self) -> NDArray[np.int64]:
+        """Which row of its memory the initiator names k-th: the k-th."""
+        return np.arange(self.shape.count, dtype=np.int64)
+
+    def remote_order(self) -> NDArray[np.int64]:
+        """Which row of the target's memory the initiator names k-th: drawn from the seed."""
+        return np.random.default_rng(self.seed).permutation(self.shape.count)
+
+    def rows(self, order: NDArray[np.int64]) -> tuple[Rows, Rows]:
+        """Byte offsets and lengths of the rows of one side, in the order of the transfer.
+
+        Returns
+        -------
+        offsets, lengths : (count,) uint64, bytes
+        """
+        offsets = order.astype(np.uint64) * np.uint64(self.shape.stride)
+        return offsets, np.full(len(order), self.shape.length, dtype=np.uint64)

@@ -1,0 +1,71 @@
+"""The program that runs in each process of a pair: one JSON line in, one JSON line out.
+
+It reads commands from its standard input, has its side do them, and answers on what was its
+standard output when it began; between commands it sleeps in the loop's own wait. What the systems
+themselves print goes to standard error. It ends when its input does, so it cannot outlive the bench.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import sys
+import traceback
+from typing import IO, Any
+
+from ._side import Message, Side
+
+__all__ = ["MAX_LINE"]
+
+#: Longest command or answer, in bytes.
+MAX_LINE = 1 << 20
+
+
+def _side(options: Message) -> Side:
+    """The side that this process is; imported here so that neither system sees the other's."""
+    if options["system"] == "nixl":
+        from ._nixl import NixlSide
+
+        return NixlSide(options["role"], progress_thread=options["nixl_progress_thread"])
+    from ._ours import OurSide
+
+    return OurSide(options["role"])
+
+
+async def _serve(options: Message, answers: IO[str]) -> None:
+    loop = asyncio.get_running_loop()
+    commands = asyncio.StreamReader(limit=MAX_LINE)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    side = _side(options)
+    try:
+        while line := await commands.readline():
+            try:
+                answer = await side.answer(json.loads(line))
+            except Exception as error:  # whatever it was, the bench has to hear of it
+                traceback.print_exc()
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(answer), file=answers, flush=True)
+    finally:
+        await side.close()
+
+
+def main() -> None:
+    """Serve as the side that the first argument, a JSON object, describes."""
+    options = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    loop_factory: Any = None
+    if options["uvloop"]:
+        loop_factory = importlib.import_module("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(_serve(options, answers))
+    if options["system"] == "nixl":
+        # Its destructors are known to crash an interpreter that is on its way out.
+        sys.stderr.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
