@@ -1,0 +1,97 @@
+# Everything from nothing but Python 3.11 or newer, gcc and make. `make help` lists the targets.
+#
+# PYTHON   the interpreter that the environment is made with   (make test PYTHON=python3.13)
+# VENV     where the environment lives                         (make test VENV=.venv-3.13)
+# ARGS     passed on to what runs                              (make test ARGS="-k shm -x")
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMPS := $(VENV)/.stamps
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --quiet
+NATIVE := $(wildcard asyncxfer/_fast/*.pyx asyncxfer/_fast/*.pxd asyncxfer/_fast/*.h)
+PROJECT := pyproject.toml setup.py
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs build sdist-proof clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/native  ## move a paged KV cache from a prefill process to a decode process, verified
+	$(PY) examples/kv_handoff.py $(ARGS)
+
+test: $(STAMPS)/test $(STAMPS)/native  ## the whole suite, with coverage of the Python
+	$(PY) -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(STAMPS)/lint $(STAMPS)/native  ## ruff, mypy --strict, stubtest, layers, change log
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m mypy.stubtest $(if $(wildcard stubtest-allow.txt),--allowlist stubtest-allow.txt) asyncxfer._fast
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/towncrier build --draft --version next > /dev/null
+
+format: $(STAMPS)/lint  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMPS)/nixl $(STAMPS)/native  ## our figures next to those of NIXL on this machine, interleaved
+	$(PY) -m asyncxfer bench --peer nixl $(ARGS)
+
+docs: $(STAMPS)/docs $(STAMPS)/native  ## the documentation, offline, warnings are errors: docs/_build/html
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html $(ARGS)
+	@echo "docs/_build/html/index.html"
+
+build: $(STAMPS)/build  ## sdist and wheel in dist/, each proven in an empty environment
+	rm -rf dist build/lib* build/bdist*
+	$(PY) -m build --outdir dist .
+	PYTHON=$(PYTHON) bash .ci/prove-build dist
+
+clean:  ## remove environments, builds, caches
+	rm -rf .venv* build dist *.egg-info docs/_build .coverage* htmlcov .hypothesis \
+	    .mypy_cache .ruff_cache .pytest_cache .import_linter_cache asyncxfer/_fast/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- the environment, in steps that are done once -------------------------------------------------------------
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "asyncxfer needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	$(PIP) "pip>=24"
+	@touch $@
+
+# The build requirements come from pyproject.toml, the only place that pins them. Without build isolation
+# a changed .pyx costs one compilation, not one environment.
+$(STAMPS)/core: $(STAMPS)/venv $(PROJECT)
+	$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	    > $(STAMPS)/build-requires.txt
+	$(PIP) -r $(STAMPS)/build-requires.txt
+	$(PIP) --no-build-isolation --editable ".[uvloop]"
+	@touch $@
+
+$(STAMPS)/native: $(STAMPS)/core $(NATIVE)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/core
+	$(PIP) --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/venv
+	$(PIP) build
+	@touch $@
+
+# The wheels of NIXL ask for torch, which they do not need here.
+$(STAMPS)/nixl: $(STAMPS)/core
+	$(PIP) --no-build-isolation --editable ".[uvloop,bench]"
+	$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["nixl"], sep="\n")' \
+	    > $(STAMPS)/nixl-requires.txt
+	$(PIP) --no-deps -r $(STAMPS)/nixl-requires.txt
+	@touch $@

@@ -1,0 +1,48 @@
+"""Builds the Cython core; everything else about the package stands in pyproject.toml.
+
+Two switches, both off in a release build:
+
+ASYNCXFER_LINETRACE=1   a debug build whose Cython lines can be traced and covered (slow)
+ASYNCXFER_ANNOTATE=1    annotated HTML of each source under build/cython/
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+HERE = Path(__file__).parent
+FAST = Path("asyncxfer/_fast")
+LINETRACE = os.environ.get("ASYNCXFER_LINETRACE") == "1"
+ANNOTATE = os.environ.get("ASYNCXFER_ANNOTATE") == "1"
+
+
+def extension(source: Path) -> Extension:
+    """Describe one extension module: the same flags for all, so that they inline and link alike."""
+    optimise = ["-O1", "-g"] if LINETRACE else ["-O3", "-g0"]
+    macros: list[tuple[str, str | None]] = [("_GNU_SOURCE", "1")]
+    if LINETRACE:
+        macros.append(("CYTHON_TRACE_NOGIL", "1"))
+    return Extension(
+        ".".join((*FAST.parts, source.stem)),
+        [source.as_posix()],
+        include_dirs=[FAST.as_posix()],
+        depends=sorted(path.as_posix() for pattern in ("*.h", "*.pxd") for path in FAST.glob(pattern)),
+        define_macros=macros,
+        extra_compile_args=["-std=gnu11", *optimise, "-fvisibility=hidden", "-pthread", "-Wall"],
+        extra_link_args=["-pthread"],
+    )
+
+
+os.chdir(HERE)
+setup(
+    ext_modules=cythonize(
+        [extension(source) for source in sorted(FAST.glob("*.pyx"))],
+        build_dir="build/cython",  # generated C stays out of the source tree and out of the wheel
+        annotate=ANNOTATE,
+        compiler_directives={"language_level": "3", "linetrace": LINETRACE, "profile": LINETRACE},
+    ),
+)
