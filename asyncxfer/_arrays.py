@@ -223,6 +223,7 @@ _DLPACK_NAMES = {
     13: "float8_e5m2fnuz",
     14: "float8_e8m0fnu",
 }
+_PYTHON = ctypes.pythonapi
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 
 
@@ -254,12 +255,10 @@ class _DLManagedTensorVersioned(ctypes.Structure):
 
 def _capsule_pointer(capsule: object, name: bytes) -> int | None:
     """Return what a capsule of this name points to, or None when it has another name."""
-    api = ctypes.pythonapi
-    if not ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", api))(capsule, name):
-        return None
-    get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", api))
-    pointer: int = get(capsule, name)
-    return pointer
+    # prototypes of our own: the functions in ctypes.pythonapi belong to everyone
+    is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", _PYTHON))
+    get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", _PYTHON))
+    return get(capsule, name) if is_valid(capsule, name) else None
 
 
 def _open_capsule(capsule: object) -> tuple[_DLTensor, bool]:
@@ -290,7 +289,7 @@ def _from_dlpack(obj: Any) -> Array:
     tensor, readonly = _open_capsule(capsule)
     kind = _DLPACK_KINDS.get(tensor.device_type)
     if kind is None:
-        raise RegistrationError(f"DLPack device type {tensor.device_type} is not supported; expected host, CUDA or ROCm")
+        raise RegistrationError(f"DLPack device type {tensor.device_type} is unknown; expected host, CUDA or ROCm")
     name = _DLPACK_NAMES.get(tensor.code) or f"{_DLPACK_NUMBERS.get(tensor.code, '')}{tensor.bits}"
     if tensor.lanes != 1 or tensor.bits % 8 or not name[:1].isalpha():
         raise RegistrationError(

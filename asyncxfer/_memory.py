@@ -7,13 +7,15 @@ segment is exactly the bytes that it spans. It does not know agents, or how the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ._arrays import Array, c_strides, read_array
 from ._descriptors import Layout, MemoryKind
 from ._errors import RegistrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Access", "Memory", "Segment", "describe"]
 

@@ -13,14 +13,16 @@ import enum
 import math
 import struct
 import zlib
-from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from ._descriptors import Layout, MemoryKind
 from ._errors import MetadataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "MAX_FRAME_BYTES",
@@ -59,6 +61,7 @@ _MAX_PARTS = 4096
 _MAX_DIMS = 64  # numpy's own limit
 _MAX_DESCRIPTORS = 253  # SCM_MAX_FD: descriptors that one message may carry
 
+_T = TypeVar("_T")
 _Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Unsigned = Annotated[int, Meta(ge=0)]  # MessagePack has no integer above 2**64 - 1
 _Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"\A[^\x00-\x1f\x7f]+\Z")]
@@ -149,7 +152,7 @@ class RegionInfo(Struct, frozen=True, kw_only=True):
         for field in ("shapes", "strides", "offsets"):
             count = len(getattr(self, field))
             if count not in (1, parts):
-                raise MetadataError(f"region {self.name!r} has {count} {field} for {parts} segments; expected 1 or {parts}")
+                raise MetadataError(f"region {self.name!r} has {count} {field}; expected 1, or {parts} as segments")
         for index, (segment, part) in enumerate(zip(self.segments, self._parts(), strict=True)):
             fault = _fault(segment, *part, self.itemsize)
             if fault:
@@ -161,7 +164,7 @@ class RegionInfo(Struct, frozen=True, kw_only=True):
         layout: Layout,
         segments: Sequence[SegmentInfo],
         *,
-        id: int,
+        id: int,  # noqa: A002 - the field's name
         slot: int,
         epoch: int,
         name: str,
@@ -197,9 +200,15 @@ class RegionInfo(Struct, frozen=True, kw_only=True):
 
     def _parts(self) -> list[tuple[_Shape, _Strides, int]]:
         """Shape, strides and offset of each segment's part, written out."""
-        fields = (self.shapes, self.strides, self.offsets)
-        shapes, strides, offsets = (f * len(self.segments) if len(f) == 1 else f for f in fields)
-        return list(zip(shapes, strides, offsets, strict=True))
+        times = len(self.segments)
+        return list(
+            zip(_spread(self.shapes, times), _spread(self.strides, times), _spread(self.offsets, times), strict=True)
+        )
+
+
+def _spread(entries: tuple[_T, ...], times: int) -> tuple[_T, ...]:
+    """Undo the short form of entries that are all alike."""
+    return entries * times if len(entries) == 1 else entries
 
 
 def _fault(segment: SegmentInfo, shape: _Shape, strides: _Strides, offset: int, itemsize: int) -> str | None:
@@ -293,7 +302,6 @@ class Note(NamedTuple):
     tag: bytes
 
 
-_T = TypeVar("_T")
 _MAGIC = b"AXFM"
 _FORMAT = 1
 _HEADER = struct.Struct(">4sBI")  # magic, format, crc32 of the rest

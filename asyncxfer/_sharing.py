@@ -12,14 +12,17 @@ import fcntl
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ._errors import RegistrationError
 from ._fast.memory import HUGETLBFS, TMPFS, Mapping, filesystem
-from ._memory import Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+    from ._memory import Segment
 
 __all__ = ["Allocation", "Backings", "MapsSnapshot", "Place", "SharedFile", "allocate", "backings_of"]
 
@@ -129,7 +132,7 @@ def backings_of(
     Backings
         With an owned descriptor for every file; the caller closes them.
     """
-    wanted = [segment for segment in segments]
+    wanted = list(segments)
     if not wanted:
         return Backings((), ())
     maps = MapsSnapshot() if snapshot is None else snapshot
@@ -222,8 +225,7 @@ def _parse(lines: Iterable[bytes]) -> Iterator[_Mapped]:
         start, end = (int(text, 16) for text in fields[0].split(b"-"))
         major, minor = (int(text, 16) for text in fields[3].split(b":"))
         offset, identity = int(fields[2], 16), (os.makedev(major, minor), int(fields[4]))
-        joins = last and last.identity == identity and last.end == start and last.offset + last.end - last.start == offset
-        if last and joins:
+        if last and last.identity == identity and (last.end, last.offset + last.end - last.start) == (start, offset):
             last = last._replace(end=end)
             continue
         if last:

@@ -30,3 +30,6 @@ cdef class Work:
     cdef work_t w
     cdef object link
     cdef object keep
+
+    cdef int place(self, const axf_pair* given, const uint64_t[::1] local, const uint64_t[::1] remote) except -1
+    cdef int cut(self, uint64_t most_bytes, uint64_t most_rows) except -1

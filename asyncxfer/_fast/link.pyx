@@ -1,0 +1,140 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The two ends of a connection between agents, for native code: Link at the initiator, GatePage at the target.
+
+The page is a sealed memfd that the target makes for each initiator. It knows which regions are open to that initiator
+and how many chunks are being moved in each, and counts what the initiator did. What it says is trusted for nothing
+but this one connection: an initiator that scribbles on it spoils its own figures and its own revocation.
+"""
+
+import fcntl
+import os
+
+from libc.stdint cimport int64_t, uint32_t, uintptr_t
+
+from asyncxfer._fast.memory import Mapping
+from asyncxfer._fast.native cimport *
+
+SLOTS = AXF_SLOTS
+PAGE_BYTES = AXF_PAGE_BYTES
+
+cdef long _live = 0
+
+
+def live() -> int:
+    """Links and gate pages that exist now (for leak checks)."""
+    return _live
+
+
+cdef class Link:
+    """The initiator's end: the socket for notifications, the process to watch, the page with the gates.
+
+    Parameters
+    ----------
+    fd, pidfd : int
+        Control socket and process descriptor, both the caller's and open until after `close`; pidfd may be -1.
+    pid : int
+        The peer's process, in this process's namespace.
+    page : Mapping
+        The page that the target sent.
+
+    Raises
+    ------
+    ValueError
+        The page is none of this version.
+    """
+
+    def __cinit__(self, int fd, int pidfd, int pid, page):
+        global _live
+        cdef axf_page* p = <axf_page*><uintptr_t>page.address
+        if page.nbytes < AXF_PAGE_BYTES or p.magic != AXF_PAGE_MAGIC or p.slots != AXF_SLOTS:
+            raise ValueError("the page that the peer sent is not a link page of this version")
+        self._page = page
+        self.c.fd, self.c.pidfd, self.c.pid, self.c.page = fd, pidfd, pid, p
+        self.c.alive = 1
+        _live += 1
+
+    def __dealloc__(self):
+        global _live
+        if self.c.page != NULL:
+            _live -= 1
+
+    @property
+    def alive(self) -> bool:
+        """Whether neither side has closed, as far as this side has noticed."""
+        return axf_load(&self.c.alive) == 1
+
+    @property
+    def pid(self) -> int:
+        """The peer's process."""
+        return self.c.pid
+
+    def gone(self) -> bool:
+        """Whether the peer has closed its end or has ended: asks the kernel, about a microsecond."""
+        return axf_link_gone(&self.c) == 1
+
+    def close(self) -> None:
+        """From now on nothing is sent or put over it. The descriptors stay the caller's."""
+        axf_store(&self.c.alive, 0)
+
+
+cdef class GatePage:
+    """The target's end: which regions one initiator may reach, and whether it is inside one now."""
+
+    def __cinit__(self):
+        global _live
+        self.fd = os.memfd_create("asyncxfer-link", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        _live += 1
+        os.ftruncate(self.fd, AXF_PAGE_BYTES)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.mapping = Mapping(self.fd, 0, AXF_PAGE_BYTES, writable=True)
+        self.page = <axf_page*><uintptr_t>self.mapping.address
+        self.page.slots = AXF_SLOTS
+        self.page.magic = AXF_PAGE_MAGIC
+
+    def __dealloc__(self):
+        global _live
+        _live -= 1
+
+    def close_fd(self) -> None:
+        """Close the memfd, once the initiator has its own; the mapping stays until the object goes."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    cdef axf_gate* gate(self, uint32_t slot) except NULL:
+        if slot >= AXF_SLOTS:
+            raise IndexError(f"slot {slot} of {AXF_SLOTS}")
+        return axf_gate_at(self.page, slot)
+
+    def open(self, uint32_t slot, uint32_t epoch) -> None:
+        """Let the initiator into the region of this slot. `epoch` is never 0."""
+        axf_gate_set(self.gate(slot), epoch)
+
+    def shut(self, uint32_t slot) -> bool:
+        """Let nobody in any more; True when nobody is inside either."""
+        axf_gate_set(self.gate(slot), 0)
+        return axf_gate_inside(self.gate(slot)) == 0
+
+    def wait(self, uint32_t slot, double seconds) -> bool:
+        """Wait, without the GIL, until nobody is inside; False when the time ran out or `wake` was called."""
+        cdef axf_gate* gate = self.gate(slot)
+        cdef int empty
+        cdef int64_t ns = <int64_t>(seconds * 1e9)
+        with nogil:
+            empty = axf_gate_wait(gate, ns)
+        return empty == 1
+
+    def wake(self, uint32_t slot) -> None:
+        """End a `wait`: the initiator is known to be gone."""
+        axf_gate_wake(self.gate(slot))
+
+    def counts(self) -> dict[str, int]:
+        """What the initiator has done over this link: transfers and bytes, by direction, and failures."""
+        p = self.page
+        return {
+            "puts": p.puts,
+            "put_bytes": p.put_bytes,
+            "gets": p.gets,
+            "get_bytes": p.get_bytes,
+            "failed": p.failed,
+        }
