@@ -2,8 +2,8 @@
 
 Two switches, both off in a release build:
 
-ASYNCXFER_LINETRACE=1   a debug build whose Cython lines can be traced and covered (slow)
-ASYNCXFER_ANNOTATE=1    annotated HTML of each source under build/cython/
+ASYNCXFER_BUILD_LINETRACE=1   a debug build whose Cython lines can be traced and covered (slow)
+ASYNCXFER_BUILD_ANNOTATE=1    annotated HTML of each source under build/cython/
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
 FAST = Path("asyncxfer/_fast")
-LINETRACE = os.environ.get("ASYNCXFER_LINETRACE") == "1"
-ANNOTATE = os.environ.get("ASYNCXFER_ANNOTATE") == "1"
+LINETRACE = os.environ.get("ASYNCXFER_BUILD_LINETRACE") == "1"
+ANNOTATE = os.environ.get("ASYNCXFER_BUILD_ANNOTATE") == "1"
 
 
 def extension(source: Path) -> Extension:

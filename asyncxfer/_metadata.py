@@ -10,19 +10,18 @@ channel's business.
 from __future__ import annotations
 
 import enum
-import math
 import struct
 import zlib
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-from ._descriptors import Layout, MemoryKind
 from ._errors import MetadataError
+from ._region_info import Index, Name, RegionInfo, SegmentInfo, Unsigned
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 __all__ = [
     "MAX_FRAME_BYTES",
@@ -57,18 +56,9 @@ MAX_METADATA_BYTES = 64 * 1024
 MAX_FRAME_BYTES = 60_000  # one sequenced packet on a Unix socket with default buffers, with room to spare
 MAX_TAG_BYTES = 32 * 1024
 
-_MAX_PARTS = 4096
-_MAX_DIMS = 64  # numpy's own limit
-_MAX_DESCRIPTORS = 253  # SCM_MAX_FD: descriptors that one message may carry
-
 _T = TypeVar("_T")
-_Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-_Unsigned = Annotated[int, Meta(ge=0)]  # MessagePack has no integer above 2**64 - 1
-_Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"\A[^\x00-\x1f\x7f]+\Z")]
 _Text = Annotated[str, Meta(max_length=1000)]
 _Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
-_Shape = Annotated[tuple[_Unsigned, ...], Meta(max_length=_MAX_DIMS)]
-_Strides = Annotated[tuple[int, ...], Meta(max_length=_MAX_DIMS)]
 
 
 class AgentMetadata(Struct, frozen=True, kw_only=True):
@@ -87,156 +77,20 @@ class AgentMetadata(Struct, frozen=True, kw_only=True):
         Where its control channel answers.
     """
 
-    version: _Index = PROTOCOL
-    name: _Name
-    generation: _Unsigned
+    version: Index = PROTOCOL
+    name: Name
+    generation: Unsigned
     process: _Bytes16
     host: _Bytes16
     addresses: Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=64)]
 
 
-class SegmentInfo(Struct, frozen=True, array_like=True):
-    """One contiguous range of a region's memory, and the file behind it if a peer may map that.
-
-    Attributes
-    ----------
-    address : int
-        Where it lies in its owner's address space.
-    nbytes : int, bytes
-    backing : int
-        Index into the descriptors that came with the frame; -1 when there is no file to map.
-    backing_offset : int, bytes
-        Where the segment starts in that file.
-    sealed : bool
-        The file can never shrink, so a mapping of it can never fault.
-    """
-
-    address: _Unsigned
-    nbytes: _Unsigned
-    backing: Annotated[int, Meta(ge=-1, lt=_MAX_DESCRIPTORS)] = -1
-    backing_offset: _Unsigned = 0
-    sealed: bool = False
-
-
-class RegionInfo(Struct, frozen=True, kw_only=True):
-    """A region as its peers see it: identity, access, layout and segments.
-
-    `shapes`, `strides` and `offsets` have one entry per segment, or a single one when all parts are alike;
-    `RegionInfo.of` makes the short form and `layout` undoes it.
-
-    Raises
-    ------
-    MetadataError
-        The parts do not fit their segments (checked whenever one is made or decoded).
-    """
-
-    id: _Unsigned
-    slot: _Index
-    epoch: _Unsigned
-    name: _Name
-    kind: MemoryKind
-    device: Annotated[int, Meta(ge=-1, le=2**16)] = 0
-    access: Literal["r", "w", "rw"]
-    dtype: Annotated[str, Meta(min_length=1, max_length=64)]
-    itemsize: Annotated[int, Meta(ge=1, le=2**31 - 1)]
-    shapes: Annotated[tuple[_Shape, ...], Meta(min_length=1, max_length=_MAX_PARTS)]
-    strides: Annotated[tuple[_Strides, ...], Meta(min_length=1, max_length=_MAX_PARTS)]
-    offsets: Annotated[tuple[_Unsigned, ...], Meta(min_length=1, max_length=_MAX_PARTS)]
-    stacked: bool = False
-    segments: Annotated[tuple[SegmentInfo, ...], Meta(min_length=1, max_length=_MAX_PARTS)]
-
-    def __post_init__(self) -> None:
-        parts = len(self.segments)
-        if not self.stacked and parts != 1:
-            raise MetadataError(f"region {self.name!r} is not stacked and has {parts} segments; expected 1")
-        for field in ("shapes", "strides", "offsets"):
-            count = len(getattr(self, field))
-            if count not in (1, parts):
-                raise MetadataError(f"region {self.name!r} has {count} {field}; expected 1, or {parts} as segments")
-        for index, (segment, part) in enumerate(zip(self.segments, self._parts(), strict=True)):
-            fault = _fault(segment, *part, self.itemsize)
-            if fault:
-                raise MetadataError(f"region {self.name!r}, part {index}: {fault}")
-
-    @classmethod
-    def of(
-        cls,
-        layout: Layout,
-        segments: Sequence[SegmentInfo],
-        *,
-        id: int,  # noqa: A002 - the field's name
-        slot: int,
-        epoch: int,
-        name: str,
-        kind: MemoryKind,
-        device: int,
-        access: Literal["r", "w", "rw"],
-        dtype: str,
-    ) -> RegionInfo:
-        """Describe a region of this `layout` whose bytes lie in `segments`."""
-        parts = list(zip(layout.shapes, layout.strides, layout.offsets, strict=True))
-        if len(set(parts)) == 1:
-            del parts[1:]
-        return cls(
-            id=id, slot=slot, epoch=epoch, name=name, kind=kind, device=device, access=access, dtype=dtype,
-            itemsize=layout.itemsize,
-            shapes=tuple(shape for shape, _, _ in parts),
-            strides=tuple(strides for _, strides, _ in parts),
-            offsets=tuple(offset for _, _, offset in parts),
-            stacked=layout.stacked, segments=tuple(segments),
-        )  # fmt: skip
-
-    def layout(self) -> Layout:
-        """Return the layout that the region is indexed by."""
-        parts = self._parts()
-        return Layout(
-            segment_sizes=tuple(segment.nbytes for segment in self.segments),
-            shapes=tuple(shape for shape, _, _ in parts),
-            strides=tuple(strides for _, strides, _ in parts),
-            offsets=tuple(offset for _, _, offset in parts),
-            itemsize=self.itemsize,
-            stacked=self.stacked,
-        )
-
-    def _parts(self) -> list[tuple[_Shape, _Strides, int]]:
-        """Shape, strides and offset of each segment's part, written out."""
-        times = len(self.segments)
-        return list(
-            zip(_spread(self.shapes, times), _spread(self.strides, times), _spread(self.offsets, times), strict=True)
-        )
-
-
-def _spread(entries: tuple[_T, ...], times: int) -> tuple[_T, ...]:
-    """Undo the short form of entries that are all alike."""
-    return entries * times if len(entries) == 1 else entries
-
-
-def _fault(segment: SegmentInfo, shape: _Shape, strides: _Strides, offset: int, itemsize: int) -> str | None:
-    """Say what is wrong with a part of a region, in exact integers of any size."""
-    if segment.address + segment.nbytes > 2**64:
-        return f"{segment.nbytes} bytes at address {segment.address:#x} pass the end of the address space"
-    if segment.backing_offset + segment.nbytes > 2**63 - 1:
-        return f"{segment.nbytes} bytes at {segment.backing_offset} of its file pass the largest file offset"
-    if len(shape) != len(strides):
-        return f"{len(shape)} dimensions and {len(strides)} strides"
-    if itemsize * math.prod(shape) > segment.nbytes:
-        return f"shape {shape} of {itemsize}-byte items is larger than its segment of {segment.nbytes} bytes"
-    low = high = offset
-    if 0 not in shape:
-        steps = [(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]
-        low += sum(step for step in steps if step < 0)
-        high += sum(step for step in steps if step > 0) + itemsize
-    if low < 0 or high > segment.nbytes:
-        return f"bytes {low} to {high} are outside its segment of {segment.nbytes} bytes"
-    return None
-
-
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     """First frame of the side that connected."""
 
-    version: _Index = PROTOCOL
-    name: _Name
-    generation: _Unsigned
+    version: Index = PROTOCOL
+    name: Name
+    generation: Unsigned
     process: _Bytes16
     host: _Bytes16
 
@@ -244,13 +98,13 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
 class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
     """Answer to Hello: who accepted, and a value at an address to try cross-process reads on."""
 
-    name: _Name
-    generation: _Unsigned
+    name: Name
+    generation: Unsigned
     process: _Bytes16
     host: _Bytes16
-    probe_address: _Unsigned
+    probe_address: Unsigned
     probe_value: _Bytes16
-    slots: _Index
+    slots: Index
 
 
 class RegionAdded(Struct, frozen=True, tag="added"):
@@ -262,7 +116,7 @@ class RegionAdded(Struct, frozen=True, tag="added"):
 class RegionRemoved(Struct, frozen=True, tag="removed"):
     """A region is gone."""
 
-    id: _Unsigned
+    id: Unsigned
 
 
 class Ready(Struct, frozen=True, tag="ready"):

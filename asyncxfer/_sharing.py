@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
     from ._memory import Segment
 
-__all__ = ["Allocation", "Backings", "MapsSnapshot", "Place", "SharedFile", "allocate", "backings_of"]
+__all__ = ["MAX_FILES", "Allocation", "Backings", "MapsSnapshot", "Place", "SharedFile", "allocate", "backings_of"]
+
+MAX_FILES = 253
+"""Descriptors that one message on a Unix socket carries (SCM_MAX_FD, unix(7))."""
+
+_F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; the fcntl module has it from Python 3.13 on
 
 
 class SharedFile:
@@ -115,7 +120,11 @@ class Backings:
 
 
 def backings_of(
-    segments: Iterable[Segment], *, writable: bool = True, snapshot: MapsSnapshot | None = None
+    segments: Iterable[Segment],
+    *,
+    writable: bool = True,
+    limit: int = MAX_FILES,
+    snapshot: MapsSnapshot | None = None,
 ) -> Backings:
     """Find the files in memory that `segments` are shared mappings of.
 
@@ -124,6 +133,8 @@ def backings_of(
     segments : iterable of Segment
     writable : bool
         Open the files for writing too, where that is allowed. False opens them for reading only.
+    limit : int, files
+        Open no more than these; segments in further files have no place.
     snapshot : MapsSnapshot or None
         The address space as it was a moment ago; None looks now.
 
@@ -145,7 +156,7 @@ def backings_of(
             places.append(None)
             continue
         if found.identity not in numbers:
-            file = maps.open(found, writable=writable)
+            file = maps.open(found, writable=writable) if len(files) < limit else None
             numbers[found.identity] = None if file is None else len(files)
             files.extend([] if file is None else [file])
         number = numbers[found.identity]
@@ -245,7 +256,7 @@ def _open_same(path: str, identity: tuple[int, int], mode: int) -> SharedFile | 
         fd = os.open(path, mode | os.O_CLOEXEC)
     except OSError:
         return None
-    file = SharedFile(fd, writable=mode == os.O_RDWR)
+    file = SharedFile(fd, writable=mode == os.O_RDWR)  # which closes it again where we do not return it
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != identity or filesystem(fd) not in (TMPFS, HUGETLBFS):
         return None
@@ -262,30 +273,32 @@ def _write_sealed(fd: int) -> bool:
     return bool(seals & (fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE))
 
 
-_F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; not in the fcntl module of Python 3.11
-
-
 class Allocation:
     """New memory in a memfd of its own, zeroed, which peers on this host can map.
 
-    The memory lives until the last buffer over `buffer` is gone; `close` only gives up the descriptor.
+    The memory lives until the last buffer over it is gone; `close` only gives up the descriptor.
 
     Attributes
     ----------
-    buffer : Mapping
-        The memory: ``np.frombuffer(allocation.buffer, dtype)``.
+    mapping : Mapping
+        The memory, with what can be asked of the kernel about it.
     file : SharedFile
         The memfd, sealed against any change of its size.
     huge : bool
         It consists of huge pages from the system's reserve.
     """
 
-    __slots__ = ("buffer", "file", "huge")
+    __slots__ = ("file", "huge", "mapping")
 
-    def __init__(self, buffer: Mapping, file: SharedFile, *, huge: bool) -> None:
-        self.buffer = buffer
+    def __init__(self, mapping: Mapping, file: SharedFile, *, huge: bool) -> None:
+        self.mapping = mapping
         self.file = file
         self.huge = huge
+
+    @property
+    def buffer(self) -> memoryview:
+        """The memory: ``np.frombuffer(allocation.buffer, dtype)``."""
+        return self.mapping.buffer
 
     @property
     def fd(self) -> int:
@@ -295,12 +308,12 @@ class Allocation:
     @property
     def address(self) -> int:
         """Where the memory lies in this process."""
-        return self.buffer.address
+        return self.mapping.address
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory, as asked for."""
-        return self.buffer.nbytes
+        return self.mapping.nbytes
 
     def close(self) -> None:
         """Close the descriptor; mappings stay. Again does nothing."""
@@ -342,7 +355,7 @@ def allocate(nbytes: int, *, huge_pages: bool = False) -> Allocation:
             "see the limits on open files (ulimit -n) and address space (ulimit -v)"
         ) from error
     if huge_pages:
-        allocation.buffer.advise_huge_pages()
+        allocation.mapping.advise_huge_pages()
     return allocation
 
 

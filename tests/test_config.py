@@ -54,9 +54,7 @@ def test_explicit_wins_over_environment_wins_over_default(monkeypatch: pytest.Mo
         ("ASYNCXFER_PREFAULT", "", "prefault", False),
     ],
 )
-def test_environment_text(
-    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, field: str, value: object
-) -> None:
+def test_environment_text(monkeypatch: pytest.MonkeyPatch, variable: str, text: str, field: str, value: object) -> None:
     monkeypatch.setenv(variable, text)
     assert getattr(Config.load(), field) == value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 pytest_plugins = ["pytester"]
 
 TESTS = """
-import asyncio, mmap, os, subprocess, sys, threading, time
+import asyncio, mmap, os, socket, subprocess, sys, threading, time
 import pytest
 
 kept = []
@@ -21,6 +21,7 @@ def test_thread():
 def test_child(): kept.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(4)"]))
 def test_map(): kept.append(mmap.mmap(-1, 4096))
 async def test_fd_async(): kept.append(os.open("/dev/null", os.O_RDONLY))
+async def test_socket_async(): kept.append(socket.socket())
 async def test_task(): kept.append(asyncio.ensure_future(asyncio.sleep(60)))
 @pytest.mark.leaks("fds", reason="excused")
 def test_excused(): kept.append(os.open("/dev/null", os.O_RDONLY))
@@ -34,7 +35,8 @@ async def test_skipped(): pytest.skip("no such card in this machine")
 
 @pytest.fixture
 def outcome(pytester: pytest.Pytester) -> pytest.RunResult:
-    shutil.copy(Path(__file__).with_name("conftest.py"), pytester.path / "conftest.py")
+    ours = Path(__file__).with_name("conftest.py").read_text()
+    pytester.makeconftest(ours.replace("GRACE = 2.0", "GRACE = 0.3"))  # nothing here goes away by waiting
     pytester.makepyfile(TESTS)
     pytester.makepyprojecttoml(
         """
@@ -51,12 +53,21 @@ def outcome(pytester: pytest.Pytester) -> pytest.RunResult:
 @pytest.mark.slow
 def test_leaks_are_reported_and_nothing_else_is(outcome: pytest.RunResult) -> None:
     text = outcome.stdout.str()
-    for leaky, kind in {
-        "test_fd": "fds", "test_thread": "threads", "test_child": "children", "test_map": "maps",
-        "test_fd_async[asyncio]": "fds", "test_fd_async[uvloop]": "fds",
-        "test_task[asyncio]": "tasks", "test_task[uvloop]": "tasks",
-    }.items():
-        assert f"ERROR {Path('test_leaks_are_reported_and_nothing_else_is.py')}::{leaky} " in text, (leaky, kind)
-        assert f"{kind}: 1 x" in text or "tasks: <Task" in text
-    outcome.assert_outcomes(passed=17, errors=8, skipped=2)
+    leaky = {
+        "test_fd": "fds",
+        "test_thread": "threads",
+        "test_child": "children",
+        "test_map": "maps",
+        "test_fd_async[asyncio]": "fds",
+        "test_fd_async[uvloop]": "fds",
+        "test_socket_async[asyncio]": "fds",
+        "test_socket_async[uvloop]": "fds",
+        "test_task[asyncio]": "tasks",
+        "test_task[uvloop]": "tasks",
+    }
+    for name, kind in leaky.items():
+        title, _, report = text.partition(f" ERROR at teardown of {name} ")
+        assert title, f"{name} was not found to leak"
+        assert re.search(rf"left behind:\n +{kind}: ", report[:400]), (name, kind, report[:400])
+    outcome.assert_outcomes(passed=17, errors=len(leaky), skipped=2)
     assert "2  no such card in this machine" in text

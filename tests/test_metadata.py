@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import struct
 import zlib
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from asyncxfer import _metadata as wire
 from asyncxfer._descriptors import Layout, MemoryKind
 from asyncxfer._errors import MetadataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 U64 = st.integers(0, 2**64 - 1)
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=40)
@@ -28,8 +31,7 @@ def regions(draw: st.DrawFn) -> wire.RegionInfo:
     stacked = draw(st.booleans())
     itemsize = draw(st.sampled_from([1, 2, 4, 8]))
     shapes = tuple(
-        tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
-        for _ in range(draw(st.integers(1, 4)) if stacked else 1)
+        tuple(draw(st.lists(st.integers(0, 5), max_size=4))) for _ in range(draw(st.integers(1, 4)) if stacked else 1)
     )
     strides, offsets, segments = [], [], []
     for shape in shapes:
@@ -63,6 +65,7 @@ def regions(draw: st.DrawFn) -> wire.RegionInfo:
         device=draw(st.integers(-1, 8)),
         access=draw(st.sampled_from(["r", "w", "rw"])),
         dtype=draw(st.sampled_from(["float16", "bfloat16", "|V8"])),
+        exports=draw(st.dictionaries(NAMES, st.binary(max_size=20), max_size=2)),
     )
 
 
@@ -152,14 +155,14 @@ def test_notification_bytes_are_those_of_the_native_code() -> None:
 @given(data=st.binary(max_size=300))
 def test_arbitrary_bytes_only_raise_metadata_error(decode: Callable[[bytes], object], data: bytes) -> None:
     for candidate in (data, b"M" + data, sealed_envelope(data)):
-        try:
+        with contextlib.suppress(MetadataError):
             decode(candidate)
-        except MetadataError as error:
-            assert str(error)
 
 
 @given(FRAMES, EDITS, st.integers(0, 50))
-def test_mutated_frames_decode_or_raise_metadata_error(frame: wire.Frame, edits: list[tuple[int, int]], cut: int) -> None:
+def test_mutated_frames_decode_or_raise_metadata_error(
+    frame: wire.Frame, edits: list[tuple[int, int]], cut: int
+) -> None:
     try:
         decoded = wire.decode_frame(mutate(wire.encode_frame(frame), edits, cut))
     except MetadataError:
@@ -174,10 +177,8 @@ def test_mutated_metadata_decodes_or_raises_metadata_error(
     metadata: wire.AgentMetadata, edits: list[tuple[int, int]], cut: int
 ) -> None:
     payload = mutate(wire.encode(metadata)[9:], edits, cut)
-    try:
+    with contextlib.suppress(MetadataError):
         wire.decode(sealed_envelope(payload))  # past the checksum, down to the decoder
-    except MetadataError:
-        pass
 
 
 @given(AGENTS, st.integers(0, 2**16), st.integers(1, 255))
@@ -200,7 +201,12 @@ def test_layout_survives_the_wire(info: wire.RegionInfo) -> None:
 
 def test_like_parts_are_sent_once() -> None:
     layout = Layout(
-        segment_sizes=(24,) * 50, shapes=((3, 4),) * 50, strides=((8, 2),) * 50, offsets=(0,) * 50, itemsize=2, stacked=True
+        segment_sizes=(24,) * 50,
+        shapes=((3, 4),) * 50,
+        strides=((8, 2),) * 50,
+        offsets=(0,) * 50,
+        itemsize=2,
+        stacked=True,
     )
     segments = [wire.SegmentInfo(4096 * index, 24) for index in range(50)]
     info = wire.RegionInfo.of(
@@ -223,7 +229,10 @@ def test_like_parts_are_sent_once() -> None:
         ({"segments": (wire.SegmentInfo(2**64 - 8, 24),)}, "address space"),
         ({"segments": (wire.SegmentInfo(0, 24, 0, 2**63 - 10),)}, "file offset"),
         ({"segments": (wire.SegmentInfo(0, 24),) * 2}, "not stacked"),
-        ({"segments": (wire.SegmentInfo(0, 24),) * 3, "stacked": True, "offsets": (0, 0)}, "2 offsets for 3 segments"),
+        (
+            {"segments": (wire.SegmentInfo(0, 24),) * 3, "stacked": True, "offsets": (0, 0)},
+            "2 offsets; expected 1, or 3",
+        ),
     ],
 )
 def test_inconsistent_regions_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -10,7 +10,7 @@ so that many completions cost one wake-up. It knows nothing of futures; draining
 """
 
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EAGAIN, ENOBUFS, EWOULDBLOCK
+from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free
 from posix.unistd cimport close, read, write
@@ -90,15 +90,15 @@ cdef void op_finish(op_t* op, int status, int error) noexcept nogil:
     if status == OK and op.put and op.link != NULL and axf_link_gone(op.link):
         status = PEER_GONE
     if op.has_note:
-        rc = axf_link_note(op.link, b"N" if status == OK else b"F", op.note, op.note_bytes)
-        if rc == EAGAIN or rc == EWOULDBLOCK or rc == ENOBUFS:
+        rc = axf_link_note(op.link, c'N' if status == OK else c'F', op.note, op.note_bytes)
+        if rc == EAGAIN or rc == ENOBUFS:
             if status == OK:
                 op.inline_ = 0
-                if outbox_post(op.link, b"N", op.note, op.note_bytes, op) == 0:
+                if outbox_post(op.link, c'N', op.note, op.note_bytes, op) == 0:
                     return
                 status, error = FAILED, ENOBUFS
             else:
-                outbox_post(op.link, b"F", op.note, op.note_bytes, NULL)
+                outbox_post(op.link, c'F', op.note, op.note_bytes, NULL)
         elif rc != 0 and status == OK:
             status, error = PEER_GONE, rc
     op_settle(op, status, error)
@@ -259,7 +259,7 @@ cdef class Completion:
     def announce(self) -> None:
         """Tell the receiver that a notification is on its way, so that it learns when the sender is lost."""
         if self.op.has_note and axf_load(&self.op.state) == 0:
-            axf_link_note(self.op.link, b"I", self.op.note, self.op.note_bytes)
+            axf_link_note(self.op.link, c'I', self.op.note, self.op.note_bytes)
 
     def stop(self, int status) -> bool:
         """Ask for an early end; False when it had ended or been asked before."""
@@ -301,6 +301,11 @@ cdef class Completion:
         """Nanoseconds from post to end, or until now."""
         return (self.op.ended if axf_load(&self.op.state) else axf_now()) - self.op.started
 
+    @property
+    def inlined(self) -> bool:
+        """Whether it ended within the call that posted it, so that no queue will tell."""
+        return self.op.inline_ == 1
+
     def marks(self) -> bytes:
         """One byte a chunk of the engine's work, 1 where it has been moved; empty where there are no chunks."""
         return b"" if self.op.marks == NULL else <bytes>(<char*>self.op.marks)[: self.op.chunks]
@@ -327,6 +332,14 @@ cdef class Completion:
         """Add to the bytes moved so far."""
         axf_add64(&self.op.moved, nbytes)
         op_progress(&self.op)
+
+    def end_now(self) -> None:
+        """End it within this call: there is nothing to move, only something to say."""
+        self.hold()
+        self.op.inline_ = 1
+        op_finish(&self.op, OK, 0)
+        if self.op.inline_:
+            self.release()
 
     def succeed(self) -> None:
         """The data is where it should be and the buffers are quiescent."""

@@ -20,6 +20,10 @@ from libc.string cimport memset
 
 import numpy as np
 
+# The names of the stub, so that annotations can be evaluated.
+Runs = Pairs = Int64s = Uint64s = np.ndarray
+Dim = object
+
 RUN = np.dtype(
     [("offset", "<u8"), ("length", "<u8"), ("stride", "<i8"), ("count", "<u4"), ("segment", "<u4")]
 )
@@ -171,11 +175,11 @@ cdef inline run_t* _fill_affine(
     return out
 
 
-def expand(uint64_t length, dims, *, uint64_t base=0, uint32_t segment=0):
+def expand(uint64_t length, dims, *, int64_t base=0, uint32_t segment=0):
     cdef dim_t lattice[MAX_DIMS]
     cdef const int64_t[::1] table
     cdef int depth = 0
-    cdef uint64_t start = base
+    cdef uint64_t start = <uint64_t> base
     cdef Py_ssize_t rows
     cdef RunView view
     if len(dims) > MAX_DIMS:

@@ -103,7 +103,8 @@ cdef class Work:
     cdef int cut(self, uint64_t most_bytes, uint64_t most_rows) except -1:
         """Cuts the stream where a chunk has grown to either bound; a long row is cut inside."""
         cdef work_t* w = &self.w
-        cdef uint64_t bound = w.nbytes // most_bytes + w.rows // most_rows + 2
+        cdef uint64_t cuts = w.nbytes // most_bytes + 1     # each may count one row twice
+        cdef uint64_t bound = cuts + (w.rows + cuts) // most_rows + 1
         cdef uint64_t at, row, skip, rows = 0, take
         cdef axf_chunk* chunk
         cdef const axf_pair* pair

@@ -9,6 +9,7 @@ but this one connection: an initiator that scribbles on it spoils its own figure
 import fcntl
 import os
 
+from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
 
 from asyncxfer._fast.memory import Mapping
@@ -17,7 +18,40 @@ from asyncxfer._fast.native cimport *
 SLOTS = AXF_SLOTS
 PAGE_BYTES = AXF_PAGE_BYTES
 
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, unsigned long arg)
+    enum: PR_SET_PTRACER, PR_SET_PTRACER_ANY
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(int pid, iovec* local, unsigned long nl, iovec* remote, unsigned long nr, unsigned long f)
+
 cdef long _live = 0
+
+
+def peek(int pid, uintptr_t address, size_t nbytes) -> bytes:
+    """Read another process's memory: the test of whether cross-memory attach works here.
+
+    Raises
+    ------
+    OSError
+        EPERM: ptrace access is denied; ESRCH: no such process in this namespace; EFAULT: nothing is mapped there.
+    """
+    cdef bytearray out = bytearray(nbytes)
+    cdef iovec here, there
+    here.iov_base, here.iov_len = <char*>out, nbytes
+    there.iov_base, there.iov_len = <void*>address, nbytes
+    cdef ssize_t got = process_vm_readv(pid, &here, 1, &there, 1, 0)
+    if got < 0:
+        raise OSError(errno, os.strerror(errno))
+    return bytes(out[:got])
+
+
+def permit_attach(bint on) -> bool:
+    """Let processes of this user attach to this one where Yama asks for a declaration; False without Yama."""
+    return prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY if on else 0) == 0
 
 
 def live() -> int:

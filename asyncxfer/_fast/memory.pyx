@@ -7,6 +7,7 @@ file, who else maps it, or what the bytes mean. The standard library's mmap obje
 duplicate of the descriptor open for every mapping and hides its address.
 """
 
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport EINTR, EINVAL, errno
 from libc.stdint cimport int64_t
@@ -65,6 +66,7 @@ def filesystem(int fd):
     return about(fd).f_type & 0xFFFFFFFF
 
 
+@cython.final
 cdef class Mapping:
     """A range of a file, mapped shared; supports the buffer protocol.
 
@@ -127,6 +129,11 @@ cdef class Mapping:
     def address(self):
         """Where the first byte lies in this process; 0 when there are no bytes."""
         return <size_t>self.data if self.base != NULL else 0
+
+    @property
+    def buffer(self):
+        """A memoryview of the bytes; it keeps the mapping, as does any array made of it."""
+        return memoryview(self)
 
     def __len__(self):
         return self.nbytes

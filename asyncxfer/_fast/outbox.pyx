@@ -5,7 +5,7 @@ One thread, made on first need, sleeps in poll until a socket has room, its peer
 notification is stopped or out of time. So a receiver that does not read holds up only those who write to it.
 """
 
-from libc.errno cimport EAGAIN, ENOBUFS, EPIPE, EWOULDBLOCK
+from libc.errno cimport EAGAIN, ENOBUFS, EPIPE
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -103,7 +103,7 @@ cdef int deliver(letter_t* letter, int64_t now) noexcept nogil:
     cdef op_t* op = letter.op
     cdef int rc = axf_link_note(letter.link, letter.kind, <char*>(letter + 1), letter.n)
     cdef int status = OK
-    if rc == EAGAIN or rc == EWOULDBLOCK or rc == ENOBUFS:
+    if rc == EAGAIN or rc == ENOBUFS:
         if op == NULL:
             return 0
         status = axf_load(&op.stop)

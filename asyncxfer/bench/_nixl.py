@@ -16,14 +16,17 @@ import importlib.metadata
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._pattern import Bytes
-from ._shapes import Case, Memory, Rows
 from ._side import Message, Role, Side
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._pattern import Bytes
+    from ._shapes import Case, Memory, Rows
 
 __all__ = ["INSTALL", "NixlSide", "installed_version"]
 
@@ -95,9 +98,7 @@ class NixlSide(Side):
         local = self._agent.prep_xfer_dlist("", here, "DRAM")
         remote = self._agent.prep_xfer_dlist(self._peer, there, "DRAM")
         every = np.arange(case.shape.count, dtype=np.int32)
-        request = self._agent.make_prepped_xfer(
-            _OPERATIONS[case.op], local, every, remote, every
-        )
+        request = self._agent.make_prepped_xfer(_OPERATIONS[case.op], local, every, remote, every)
         self._prepared = [request, local, remote]
 
     async def answer(self, message: Message) -> Message:

@@ -11,17 +11,21 @@ import asyncio
 import base64
 import gc
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from asyncxfer import Agent, Peer, Plan, Region, Transfer
 
-from ._pattern import Bytes
-from ._shapes import Case, Memory
 from ._side import Message, Role, Side
 from ._ticker import Ticker, percentiles
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._pattern import Bytes
+    from ._shapes import Case, Memory
 
 __all__ = ["OurSide"]
 

@@ -14,14 +14,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._shapes import Case, Memory
-from ._side import Message, Role
 from ._worker import MAX_LINE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Sequence
+
+    from ._shapes import Case, Memory
+    from ._side import Message, Role
 
 __all__ = ["BenchError", "Pair", "Sample", "Worker"]
 
@@ -74,7 +77,8 @@ class Worker:
             If the process reports an error, ends, or does not answer in time.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None, "both were asked for as pipes"
+        assert stdin is not None, "it was asked for as a pipe"
+        assert stdout is not None, "it was asked for as a pipe"
         try:
             stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
             async with asyncio.timeout(within):
@@ -97,11 +101,16 @@ class Worker:
 
     def stop(self) -> None:
         """Take it off the processors until `go_on`."""
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
         """Let it run again."""
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # A process that has ended is reported by the next `ask`, which can say during what.
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
 
     async def close(self) -> None:
         """End it: by the end of its input or, if it does not hear that, by a signal."""
@@ -141,10 +150,10 @@ class Pair:
         """Start two processes of `system` that have each opened `memories` and are connected."""
         workers: list[Worker] = []
         try:
-            roles: tuple[Role, Role] = ("initiator", "target")
-            for role in roles:
-                workers.append(await Worker.start(system, role, options))
-            initiator, target = workers
+            initiator = await Worker.start(system, "initiator", options)
+            workers.append(initiator)
+            target = await Worker.start(system, "target", options)
+            workers.append(target)
             opening = [worker.ask("open", nbytes=nbytes, memories=memories) for worker in workers]
             _, opened = await asyncio.gather(*opening)
             await initiator.ask("connect", address=opened["address"])

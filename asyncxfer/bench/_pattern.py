@@ -7,10 +7,13 @@ between the rows. The destination's process works out what it must hold from the
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ._shapes import Case
+if TYPE_CHECKING:
+    from ._shapes import Case
 
 __all__ = ["Bytes", "blank", "fill", "problem"]
 

@@ -8,11 +8,13 @@ system adds. It knows nothing of pipes or of the process that commands it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _pattern
 from ._shapes import Case, Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Message", "Role", "Side"]
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 __all__ = ["Ticker", "percentiles"]
 
@@ -33,7 +36,7 @@ class Ticker:
         self._asked = 0.0
         self._next: asyncio.TimerHandle | None = None
 
-    def __enter__(self) -> Ticker:
+    def __enter__(self) -> Self:
         self._ask()
         return self
 

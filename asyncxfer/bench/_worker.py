@@ -8,19 +8,24 @@ themselves print goes to standard error. It ends when its input does, so it cann
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from ._side import Message, Side
+if TYPE_CHECKING:
+    from ._side import Message, Side
 
 __all__ = ["MAX_LINE"]
 
 #: Longest command or answer, in bytes.
 MAX_LINE = 1 << 20
+
+_PR_SET_PDEATHSIG = 1
 
 
 def _side(options: Message) -> Side:
@@ -37,22 +42,25 @@ def _side(options: Message) -> Side:
 async def _serve(options: Message, answers: IO[str]) -> None:
     loop = asyncio.get_running_loop()
     commands = asyncio.StreamReader(limit=MAX_LINE)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
     side = _side(options)
     try:
         while line := await commands.readline():
             try:
                 answer = await side.answer(json.loads(line))
-            except Exception as error:  # whatever it was, the bench has to hear of it
+            except Exception as error:  # noqa: BLE001 - whatever it was, the bench has to hear of it
                 traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}
             print(json.dumps(answer), file=answers, flush=True)
     finally:
         await side.close()
+        transport.close()
 
 
 def main() -> None:
     """Serve as the side that the first argument, a JSON object, describes."""
+    # A bench that is killed while this process is stopped could never let it go on.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     options = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

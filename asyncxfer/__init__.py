@@ -1,0 +1,68 @@
+"""asyncxfer: move bytes between memory, processes, files and objects, as awaitables.
+
+``Agent`` is where to begin. Everything that users need is in this module; `asyncxfer.abc` is for those who write a
+backend.
+"""
+
+from ._agent import Agent
+from ._chooser import Candidate, Explanation
+from ._config import Config
+from ._descriptors import DescriptorList, MemoryKind
+from ._errors import (
+    AccessError,
+    BackendError,
+    ChecksumError,
+    ClosedError,
+    ConfigError,
+    DescriptorError,
+    MetadataError,
+    NoRouteError,
+    PeerLostError,
+    RegistrationError,
+    TransferError,
+    TransferTimeout,
+    XferError,
+)
+from ._inbox import Notification
+from ._peer import Peer, PeerEvent, PeerState
+from ._region import Opening, Region, RemoteRegion
+from ._transfer import Done, Plan, Transfer
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AccessError",
+    "Agent",
+    "BackendError",
+    "Candidate",
+    "ChecksumError",
+    "ClosedError",
+    "Config",
+    "ConfigError",
+    "DescriptorError",
+    "DescriptorList",
+    "Done",
+    "Explanation",
+    "MemoryKind",
+    "MetadataError",
+    "NoRouteError",
+    "Notification",
+    "Opening",
+    "Peer",
+    "PeerEvent",
+    "PeerLostError",
+    "PeerState",
+    "Plan",
+    "Region",
+    "RegistrationError",
+    "RemoteRegion",
+    "Transfer",
+    "TransferError",
+    "TransferTimeout",
+    "XferError",
+]
+
+# Tracebacks and help show the public name, not where a class happens to be written.
+for _name in __all__:
+    globals()[_name].__module__ = __name__
+del _name

@@ -1,0 +1,38 @@
+"""The command line: ``asyncxfer doctor`` and ``asyncxfer bench``, also as ``python -m asyncxfer``.
+
+It knows the names of the subcommands and their options; what a subcommand needs is imported when
+that one is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from .bench import _cli
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments`, or the process's own, name; give its exit status."""
+    parser = argparse.ArgumentParser(prog="asyncxfer", description="Bytes between places, as awaitables.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="what loads on this machine, what does not, and why")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench = commands.add_parser("bench", help="measure transfers between two processes")
+    _cli.add_arguments(bench)
+    options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return _cli.main(options)
+    from . import _doctor
+
+    return _doctor.main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

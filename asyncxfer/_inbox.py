@@ -1,0 +1,200 @@
+"""Notifications that have arrived: who waits for which tag, and what nobody has asked for yet.
+
+Belongs to one event loop. It is told what arrives, what was announced and who was lost; it knows no sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple
+
+from ._errors import ClosedError, PeerLostError, TransferError, TransferTimeout
+
+__all__ = ["Inbox", "Notification"]
+
+
+class Notification(NamedTuple):
+    """A notification that has arrived.
+
+    Attributes
+    ----------
+    peer : str
+        The agent that sent it.
+    tag : bytes
+    """
+
+    peer: str
+    tag: bytes
+
+
+class _Wait(NamedTuple):
+    future: asyncio.Future[Notification]
+    peer: str | None
+
+
+class Inbox:
+    """Notifications on their way from peers to whoever waits for them.
+
+    Parameters
+    ----------
+    limit : int, bytes
+        What is kept for readers that are slow. `full` is true beyond it, and `on_room` is called when it ends.
+    on_room : callable
+    """
+
+    def __init__(self, limit: int, on_room: Callable[[], None]) -> None:
+        self._limit = limit
+        self._on_room = on_room
+        self._kept: deque[Notification] = deque()
+        self._kept_bytes = 0
+        self._waits: dict[bytes, deque[_Wait]] = {}
+        self._readers: deque[asyncio.Future[Notification]] = deque()
+        self._announced: dict[tuple[str, bytes], int] = {}
+        self._senders: dict[str, int] = {}
+        self._closed: str | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should be taken from the peers' sockets."""
+        return self._kept_bytes >= self._limit
+
+    # -- what happens
+
+    def joined(self, peer: str) -> None:
+        """Note that a peer has connected, and may send."""
+        self._senders[peer] = self._senders.get(peer, 0) + 1
+
+    def announced(self, peer: str, tag: bytes) -> None:
+        """Note that a peer has begun a transfer that will notify."""
+        self._announced[peer, tag] = self._announced.get((peer, tag), 0) + 1
+
+    def arrived(self, peer: str, tag: bytes) -> None:
+        """Hand a notification to whoever waits for it, or keep it."""
+        self._unannounce(peer, tag)
+        note = Notification(peer, tag)
+        wait = self._take_wait(peer, tag)
+        if wait is not None:
+            wait.future.set_result(note)
+            return
+        while self._readers:
+            reader = self._readers.popleft()
+            if not reader.done():
+                reader.set_result(note)
+                return
+        self._kept.append(note)
+        self._kept_bytes += len(tag) + 64
+
+    def failed(self, peer: str, tag: bytes) -> None:
+        """Tell who waits for a tag that the transfer behind it has failed."""
+        self._unannounce(peer, tag)
+        wait = self._take_wait(peer, tag)
+        if wait is not None:
+            wait.future.set_exception(TransferError(f"the transfer of {peer!r} that was to notify {tag!r} has failed"))
+
+    def lost(self, peer: str, why: str) -> None:
+        """Fail what only this peer could have ended."""
+        self._senders[peer] -= 1
+        if self._senders[peer]:
+            return
+        del self._senders[peer]
+        promised = {tag for sender, tag in self._announced if sender == peer}
+        self._announced = {key: n for key, n in self._announced.items() if key[0] != peer}
+        for tag, waits in list(self._waits.items()):
+            for wait in list(waits):
+                elsewhere = any(sent == tag for _, sent in self._announced)
+                doomed = wait.peer == peer or (
+                    wait.peer is None and not elsewhere and (tag in promised or not self._senders)
+                )
+                if doomed and not wait.future.done():
+                    wait.future.set_exception(PeerLostError(f"{why} while {tag!r} was expected"))
+
+    def close(self, why: str) -> None:
+        """End every wait."""
+        self._closed = why
+        for wait in [w for waits in self._waits.values() for w in waits]:
+            if not wait.future.done():
+                wait.future.set_exception(ClosedError(why))
+        for reader in self._readers:
+            if not reader.done():
+                reader.cancel()
+
+    # -- what users do
+
+    async def expect(self, tag: bytes, peer: str | None, timeout: float | None) -> Notification:
+        """Wait for a tag."""
+        if self._closed is not None:
+            raise ClosedError(self._closed)
+        for index, note in enumerate(self._kept):
+            if note.tag == tag and peer in (None, note.peer):
+                del self._kept[index]
+                self._let_go(note)
+                return note
+        wait = _Wait(asyncio.get_running_loop().create_future(), peer)
+        waits = self._waits.setdefault(tag, deque())
+        waits.append(wait)
+        try:
+            async with asyncio.timeout(timeout):
+                return await wait.future
+        except TimeoutError as error:
+            if isinstance(error, TransferError):
+                raise
+            source = "" if peer is None else f" from {peer!r}"
+            raise TransferTimeout(f"no notification {tag!r}{source} within {timeout} s") from error
+        finally:
+            if wait in waits:
+                waits.remove(wait)
+            if not waits:
+                self._waits.pop(tag, None)
+            self._return_unread(wait.future)
+
+    async def read(self) -> AsyncIterator[Notification]:
+        """Yield what arrives and nobody expects, until the inbox is closed."""
+        while self._closed is None:
+            if self._kept:
+                note = self._kept.popleft()
+                self._let_go(note)
+                yield note
+                continue
+            reader: asyncio.Future[Notification] = asyncio.get_running_loop().create_future()
+            self._readers.append(reader)
+            try:
+                yield await reader
+            except asyncio.CancelledError:
+                if self._closed is None:
+                    self._return_unread(reader)
+                    raise
+            finally:
+                if reader in self._readers:
+                    self._readers.remove(reader)
+
+    # -- inside
+
+    def _take_wait(self, peer: str, tag: bytes) -> _Wait | None:
+        for wait in self._waits.get(tag, ()):
+            if wait.peer in (None, peer) and not wait.future.done():
+                return wait
+        return None
+
+    def _unannounce(self, peer: str, tag: bytes) -> None:
+        count = self._announced.get((peer, tag), 0)
+        if count > 1:
+            self._announced[peer, tag] = count - 1
+        else:
+            self._announced.pop((peer, tag), None)
+
+    def _let_go(self, note: Notification) -> None:
+        was_full = self.full
+        self._kept_bytes -= len(note.tag) + 64
+        if was_full and not self.full:
+            self._on_room()
+
+    def _return_unread(self, future: asyncio.Future[Notification]) -> None:
+        """Keep a notification whose reader was cancelled in the very turn in which it came."""
+        if future.done() and not future.cancelled() and future.exception() is None:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                note = future.result()
+                self._kept.appendleft(note)
+                self._kept_bytes += len(note.tag) + 64

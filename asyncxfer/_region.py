@@ -1,0 +1,206 @@
+"""Regions: memory that this agent has registered, and regions of peers.
+
+A region knows where its bytes are and who may reach them, and is indexed into descriptor lists. It does not move
+bytes; what a backend keeps for it lies in `registrations` (own) or `attachments` (a peer's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._descriptors import DescriptorList, Indexable, Layout, MemoryKind
+from ._errors import ClosedError, DescriptorError
+from ._memory import Access, Memory, describe
+from ._metadata import RegionInfo
+
+if TYPE_CHECKING:
+    from ._peer import Peer
+    from ._sharing import Allocation, Backings
+    from .abc import Registration, RemoteRegistration
+
+__all__ = ["Opening", "Region", "RemoteRegion"]
+
+
+class Region(Indexable):
+    """Memory that this agent has registered. Closing it takes it back from all peers.
+
+    Attributes
+    ----------
+    name : str
+    layout : Layout
+    dtype : str
+    kind : MemoryKind
+    access : "r", "w" or "rw"
+        What peers may do: read it (get), write it (put).
+    readonly : bool
+        The memory itself must not be written.
+    array : ndarray or None
+        For a region from `Agent.allocate`, the memory as an array.
+    """
+
+    def __init__(
+        self, name: str, memory: Memory, *, id: int, slot: int, epoch: int, access: Access,
+        close: Callable[[Region], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.memory = memory
+        self.layout: Layout = memory.layout
+        self.dtype = memory.dtype
+        self.kind: MemoryKind = memory.kind
+        self.readonly = memory.readonly
+        self.access: Access = "r" if memory.readonly else access
+        self.array: npt.NDArray[Any] | None = None
+        self.id = id
+        self.slot = slot
+        self.epoch = epoch
+        self.registrations: dict[str, Registration] = {}
+        self.backings: Backings | None = None
+        self.allocation: Allocation | None = None
+        self.closed: str | None = None
+        self._close = close
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape by which it is indexed; None for a list of unlike arrays."""
+        return self.layout.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.layout.nbytes
+
+    def of(self, objects: object) -> DescriptorList:
+        """Descriptors of arrays or tensors that lie in this region, in their order.
+
+        Parameters
+        ----------
+        objects : array, tensor, buffer, or list or tuple of them
+            Views of the registered memory.
+
+        Raises
+        ------
+        DescriptorError
+            One lies outside the region.
+        """
+        memory = describe(objects, access="r")
+        rows = []
+        for part, segment in enumerate(memory.segments):
+            runs = Layout(
+                segment_sizes=(segment.nbytes,), shapes=(memory.layout.shapes[part],),
+                strides=(memory.layout.strides[part],), offsets=(memory.layout.offsets[part],),
+                itemsize=memory.layout.itemsize, stacked=False,
+            ).index(())  # fmt: skip
+            home = self._segment_of(segment.address, segment.nbytes, part)
+            runs = runs.copy()
+            runs["offset"] += np.uint64(segment.address - self.memory.segments[home].address)
+            runs["segment"] = home
+            rows.append(runs)
+        return DescriptorList.build(self, np.concatenate(rows))
+
+    def _segment_of(self, address: int, nbytes: int, item: int) -> int:
+        for index, segment in enumerate(self.memory.segments):
+            if segment.address <= address and address + nbytes <= segment.address + segment.nbytes:
+                return index
+        raise DescriptorError(
+            f"item {item}: {nbytes} bytes at {address:#x} are not inside region {self.name!r}; register their memory"
+        )
+
+    def check_open(self) -> None:
+        """Raise ClosedError when it has been closed."""
+        if self.closed is not None:
+            raise ClosedError(self.closed)
+
+    async def aclose(self) -> None:
+        """Take it back from all peers, wait for what is in flight, and let go of the memory.
+
+        Raises
+        ------
+        RegistrationError
+            A peer was stopped inside a write to it; the memory is kept alive until that peer goes on or ends.
+        """
+        await self._close(self)
+
+    async def __aenter__(self) -> Region:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self.closed else ""
+        return f"<Region {self.name!r}: {self.dtype} {self.shape}, {self.kind}, {self.access!r}{closed}>"
+
+
+class Opening(Awaitable[Region]):
+    """A region that is being made: ``await`` it, or ``async with`` it to have it closed at the end."""
+
+    def __init__(self, make: Callable[[], Awaitable[Region]]) -> None:
+        self._make = make
+        self._region: Region | None = None
+
+    def __await__(self) -> Generator[Any, None, Region]:
+        return self._make().__await__()
+
+    async def __aenter__(self) -> Region:
+        self._region = await self._make()
+        return self._region
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        region, self._region = self._region, None
+        if region is not None:
+            await region.aclose()
+
+
+class RemoteRegion(Indexable):
+    """A peer's region, indexed with the shape and dtype it was registered with.
+
+    Attributes
+    ----------
+    name : str
+    peer : Peer
+    layout : Layout
+    dtype : str
+    kind : MemoryKind
+    access : "r", "w" or "rw"
+    """
+
+    def __init__(self, peer: Peer, info: RegionInfo) -> None:
+        self.peer = peer
+        self.info = info
+        self.name = info.name
+        self.layout: Layout = info.layout()
+        self.dtype = info.dtype
+        self.kind: MemoryKind = info.kind
+        self.access: Access = info.access
+        self.attachments: dict[str, RemoteRegistration] = {}
+        self.refusals: dict[str, str] = {}
+        self.removed = False
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape by which it is indexed; None for a list of unlike arrays."""
+        return self.layout.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.layout.nbytes
+
+    def check_open(self) -> None:
+        """Raise PeerLostError or ClosedError when it can no longer be reached."""
+        if self.peer.lost is not None:
+            self.peer.check_joined()
+        if self.removed:
+            raise ClosedError(f"peer {self.peer.name!r} has deregistered its region {self.name!r}")
+
+    def __repr__(self) -> str:
+        return f"<RemoteRegion {self.name!r} of {self.peer.name!r}: {self.dtype} {self.shape}, {self.access!r}>"

@@ -1,0 +1,120 @@
+"""What moving data does to its own event loop and memory: `--stall` and `--in-flight`.
+
+Stall: how late a ticker on the loop is while nothing moves, then while one case is moved back to
+back. In flight: thousands of small transfers posted before any is awaited, several times over, and
+the memory that is not given back. Both check every byte at the end, and know only pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ._pair import Pair
+from ._shapes import Case, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ._compare import Options
+    from ._side import Message
+
+__all__ = ["FLOOD_SHAPES", "Flood", "Stall", "flood", "stall"]
+
+#: One row, which is moved at once by the caller; and more rows than that is done for.
+FLOOD_SHAPES = (Shape(1, 4 << 10), Shape(40, 64))
+
+_PASSES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """How late the loop was with and without transfers, percentiles in seconds by name."""
+
+    case: Case
+    idle: dict[str, float]
+    moving: dict[str, float]
+    transfers: int
+    seconds: float
+    problem: str
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """What was moved meanwhile, in 1e9 bytes a second."""
+        return self.case.shape.nbytes * self.transfers / self.seconds / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Flood:
+    """Passes of `transfers` transfers each, all posted before the first is awaited.
+
+    Attributes
+    ----------
+    passes : list of dict
+        ``in_flight``: how many were not done when the last was posted; ``seconds``; ``memory``:
+        private resident bytes of the initiator ``before``, ``during`` and ``after``.
+    """
+
+    case: Case
+    transfers: int
+    shape: Shape
+    passes: Sequence[Message]
+    problem: str
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory after the last pass over memory after the first, which is what warms up."""
+        return int(self.passes[-1]["memory"]["after"] - self.passes[0]["memory"]["after"])
+
+
+async def stall(options: Options, report: Callable[[str], None], *, seconds: float) -> list[Stall]:
+    """Watch the loop for `seconds` without and `seconds` with transfers, for every case.
+
+    Raises
+    ------
+    BenchError
+        If a process of the benchmark fails.
+    """
+    results = []
+    nbytes = max(shape.span for shape in options.shapes)
+    async with Pair.start("asyncxfer", options.for_worker(), nbytes=nbytes, memories=options.memories) as pair:
+        for case in options.cases():
+            report(f"{case.shape} {case.op} {case.memory}: {2 * seconds:.0f} s")
+            results.append(await _stall_of(case, pair, seconds, options.warmup))
+    return results
+
+
+async def _stall_of(case: Case, pair: Pair, seconds: float, warmup: int) -> Stall:
+    message, within = case.to_message(), seconds + 60
+    await pair.begin(case, warmup=warmup)
+    idle = await pair.initiator.ask("idle", within=within, case=message, seconds=seconds)
+    moving = await pair.initiator.ask("stall", within=within, case=message, seconds=seconds)
+    problem = await pair.finish(case)
+    transfers, took = moving["transfers"], moving["seconds"]
+    return Stall(case, idle["lateness"], moving["lateness"], transfers, took, problem)
+
+
+async def flood(options: Options, report: Callable[[str], None], *, transfers: int) -> list[Flood]:
+    """Have `transfers` transfers of every shape in flight at once, several times over.
+
+    Raises
+    ------
+    BenchError
+        If a process of the benchmark fails.
+    """
+    results = []
+    nbytes = max(shape.span for shape in options.shapes) * transfers
+    async with Pair.start("asyncxfer", options.for_worker(), nbytes=nbytes, memories=options.memories) as pair:
+        for case in options.cases():
+            report(f"{transfers} x {case.shape} {case.op} {case.memory}")
+            results.append(await _flood_of(case, pair, transfers))
+    return results
+
+
+async def _flood_of(case: Case, pair: Pair, transfers: int) -> Flood:
+    shape = Shape(case.shape.count * transfers, case.shape.length)
+    whole = Case(shape, case.memory, case.op, case.seed)
+    message = whole.to_message()
+    await pair.begin(whole, warmup=1)
+    passes = [await pair.initiator.ask("flood", case=message, transfers=transfers) for _ in range(_PASSES)]
+    return Flood(whole, transfers, case.shape, passes, await pair.finish(whole))

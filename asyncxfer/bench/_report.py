@@ -1,0 +1,170 @@
+"""Tables for people and JSON for programs, from the results of a run.
+
+Tables are plain aligned text, or rich's where it is installed and the output is a terminal. It
+measures nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._compare import Line, Measured
+from ._loop import Flood, Stall
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._shapes import Case
+
+__all__ = ["Table", "flood_table", "line_table", "machine", "show", "stall_table", "to_plain"]
+
+#: Below this many bytes a transfer is told by its time, not by its throughput.
+_SMALL = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Headers and rows of text, and a line below them."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+
+
+def line_table(lines: Sequence[Line]) -> Table:
+    """Ours beside NIXL, one row a case."""
+    headers = ["shape", "op", "memory", "backend", "ours", "NIXL", "x NIXL", "CPU s/GiB"]
+    headers += ["NIXL CPU", "loop late", "bytes"]
+    rows = []
+    for line in lines:
+        theirs = line.nixl
+        cells = [*_case(line.case), line.ours.samples[-1].backend, _speed(line.ours)]
+        cells += [_speed(theirs) if theirs else "-", f"{line.ratio:.2f}" if line.ratio else "-"]
+        cells += [f"{line.ours.cpu_seconds_per_gib:.3f}"]
+        cells += [f"{theirs.cpu_seconds_per_gib:.3f}" if theirs else "-"]
+        cells += [_ms(line.lateness["max"]), _verdict(*_problems(line))]
+        rows.append(cells)
+    note = (
+        "Medians. x NIXL: how many times as fast, median over neighbouring rounds. CPU: both "
+        "processes.\nLoop late: latest tick of a 1 ms ticker while ours is repeated, untimed."
+    )
+    return Table(headers, rows, note)
+
+
+def stall_table(stalls: Sequence[Stall]) -> Table:
+    """How late the loop was, without and with transfers."""
+    names = list(stalls[0].idle)
+    headers = ["shape", "op", "memory", "GB/s", "ticker", *names, "bytes"]
+    rows = []
+    for stall in stalls:
+        speed, verdict = f"{stall.gigabytes_per_second:.2f}", _verdict(stall.problem)
+        for label, late in (("idle", stall.idle), ("moving", stall.moving)):
+            values = [_ms(late[name]) for name in names]
+            rows.append([*_case(stall.case), speed, label, *values, verdict])
+    return Table(headers, rows, "Lateness of a 1 ms ticker on the loop that awaits the transfers.")
+
+
+def flood_table(floods: Sequence[Flood]) -> Table:
+    """Many transfers at once, and the memory they kept."""
+    headers = ["transfers", "shape", "op", "memory", "in flight", "us each", "peak MiB", "kept MiB"]
+    headers += ["bytes"]
+    rows = []
+    for flood in floods:
+        last = flood.passes[-1]
+        peak = last["memory"]["during"] - last["memory"]["before"]
+        cells = [str(flood.transfers), str(flood.shape), flood.case.op, flood.case.memory]
+        cells += [str(last["in_flight"]), f"{last['seconds'] / flood.transfers * 1e6:.2f}"]
+        cells += [f"{size / (1 << 20):.1f}" for size in (peak, flood.kept_bytes)]
+        rows.append([*cells, _verdict(flood.problem)])
+    note = (
+        "In flight: not yet done when the last was posted. Peak: private memory while in flight,\n"
+        "over before. Kept: private memory after the last pass, over after the first."
+    )
+    return Table(headers, rows, note)
+
+
+def show(table: Table) -> None:
+    """Print `table` to standard output."""
+    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        rich_table: Any = importlib.import_module("rich.table").Table(*table.headers)
+        for row in table.rows:
+            rich_table.add_row(*row)
+        importlib.import_module("rich").print(rich_table)
+    else:
+        columns = zip(table.headers, *table.rows, strict=True)
+        widths = [max(map(len, column)) for column in columns]
+        for cells in (table.headers, ["-" * width for width in widths], *table.rows):
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            print("  ".join(padded).rstrip())
+    print(table.note)
+
+
+def to_plain(result: Line | Stall | Flood) -> dict[str, Any]:
+    """One result as plain values, for JSON; times in seconds, sizes in bytes."""
+    case = result.case
+    plain: dict[str, Any] = {"shape": str(case.shape), "op": case.op, "memory": case.memory}
+    if isinstance(result, Line):
+        plain |= {"ours": _measured(result.ours), "ratio": result.ratio}
+        plain |= {"nixl": _measured(result.nixl) if result.nixl else None}
+        plain |= {"lateness": result.lateness}
+        return plain
+    if isinstance(result, Stall):
+        plain |= {"idle": result.idle, "moving": result.moving, "transfers": result.transfers}
+        plain |= {"gigabytes_per_second": result.gigabytes_per_second}
+    else:
+        plain |= {"shape": str(result.shape), "transfers": result.transfers}
+        plain |= {"passes": list(result.passes), "kept_bytes": result.kept_bytes}
+    return plain | {"verified": not result.problem, "problem": result.problem}
+
+
+def machine() -> dict[str, Any]:
+    """What a reader has to know of where this ran."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": models[0] if models else platform.machine(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def _measured(measured: Measured) -> dict[str, Any]:
+    return {
+        "backend": measured.samples[-1].backend,
+        "seconds": measured.seconds,
+        "gigabytes_per_second": measured.gigabytes_per_second,
+        "cpu_seconds_per_gib": measured.cpu_seconds_per_gib,
+        "samples": [sample.seconds for sample in measured.samples],
+        "verified": not measured.problem,
+        "problem": measured.problem,
+    }
+
+
+def _case(case: Case) -> list[str]:
+    return [str(case.shape), case.op, case.memory]
+
+
+def _speed(measured: Measured) -> str:
+    if measured.case.shape.nbytes < _SMALL:
+        return f"{measured.seconds * 1e6:.2f} us"
+    return f"{measured.gigabytes_per_second:.2f} GB/s"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def _problems(line: Line) -> list[str]:
+    return [system.problem for system in (line.ours, line.nixl) if system is not None]
+
+
+def _verdict(*problems: str) -> str:
+    return "; ".join(filter(None, problems)) or "verified"

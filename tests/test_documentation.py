@@ -1,0 +1,63 @@
+"""The examples in the README and the documentation run as they are printed."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Left out of a clean environment: settings of ours that the person who runs the tests may have.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("ASYNCXFER_")}
+
+
+def blocks(page: str) -> list[str]:
+    return PYTHON_BLOCK.findall((ROOT / page).read_text())
+
+
+def test_the_readme_example_runs(tmp_path: Path) -> None:
+    (example,) = blocks("README.md")
+    assert len(example.splitlines()) < 45, "the README's example is to be read at a glance"
+    script = tmp_path / "example.py"
+    script.write_text(example)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert re.search(r"^\w+: 6,291,456 bytes, [\d.]+ GB/s$", done.stdout, re.MULTILINE), done.stdout
+    assert "three blocks in every layer: True" in done.stdout
+
+
+@pytest.mark.parametrize("page", ["docs/quickstart.md"])
+@pytest.mark.blocking("numpy's work on the example's arrays is no concern of the detection")
+async def test_the_pages_run_as_typed(page: str) -> None:
+    """One block after the other in one namespace, with `await` at the top as in `python -m asyncio`."""
+    namespace: dict[str, object] = {"__name__": "page"}
+    async with asyncio.timeout(60):
+        for number, block in enumerate(blocks(page), start=1):
+            code = compile(block, f"{page}, block {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            result = eval(code, namespace)
+            if inspect.isawaitable(result):
+                await result
+
+
+def test_the_pages_name_what_exists() -> None:
+    """Targets of make and options of the command line that the pages mention are there."""
+    targets = set(re.findall(r"^([a-z]+):.*?##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        named = set(re.findall(r"(?:`|\$ )make ([a-z]+)", page.read_text()))
+        assert named <= targets, f"{page.name} names make targets that do not exist: {sorted(named - targets)}"

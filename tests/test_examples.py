@@ -1,0 +1,93 @@
+"""The examples as a user runs them: real processes, a real server on loopback, little memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run_handoff(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "kv_handoff.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("model", "memory", "blocks"), [("llama-3.1-8b", 16, 32 * 8), ("tinyllama-1.1b", 8, 22 * 23)])
+def test_handoff_verifies_every_block(model: str, memory: int, blocks: int) -> None:
+    ran = run_handoff("--model", model, "--memory", str(memory), "--seed", "3")
+    assert ran.returncode == 0, ran.stderr
+    assert f"decode: {blocks} of {blocks} blocks verified" in ran.stdout
+    assert re.search(r"[\d.]+ GB/s", ran.stdout)
+    assert "longest stall" in ran.stdout
+    assert not ran.stderr
+
+
+def test_handoff_says_when_memory_is_too_small() -> None:
+    ran = run_handoff("--memory", "4")
+    assert ran.returncode == 2
+    assert "too few" in ran.stderr
+
+
+def test_handoff_fails_on_a_wrong_block(tmp_path: Path) -> None:
+    """Two processes that disagree on what a block must be notice it, and the exit status tells."""
+    source = (EXAMPLES / "kv_handoff.py").read_text()
+    honest = "cache[layer, blocks] = job.compute(request, layer, len(blocks))"
+    assert honest in source
+    broken = tmp_path / "broken.py"
+    broken.write_text(source.replace(honest, f"{honest}\n            cache[layer, blocks[0]] += layer == 2"))
+    ran = subprocess.run(
+        [sys.executable, str(broken), "--memory", "16"], capture_output=True, text=True, timeout=90, check=False
+    )
+    assert ran.returncode == 1, ran.stderr
+    assert "decode: 252 of 256 blocks verified" in ran.stdout  # one block of each of four requests
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """Run the server example on a free port; gives its URL."""
+    for library in ("starlette", "uvicorn", "httpx"):
+        pytest.importorskip(library, reason=f"{library} is not installed: pip install asyncxfer[server]")
+    command = [sys.executable, str(EXAMPLES / "async_server.py"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert "Traceback" not in errors, errors
+    assert process.returncode == 0
+    end = time.monotonic() + 5
+    while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(os.path.exists(f"/proc/{child}") for child in children), "the peer process outlived the server"
+
+
+def test_server_answers_with_pages_of_its_peer(server: str) -> None:
+    import httpx
+
+    with httpx.Client(base_url=server, timeout=30) as client, concurrent.futures.ThreadPoolExecutor(8) as callers:
+        numbers = [*range(100), 1023]
+        answers = list(callers.map(lambda number: client.get(f"/pages/{number}"), numbers))
+        assert [answer.status_code for answer in answers] == [200] * len(numbers)
+        assert all(a.content == bytes([n % 251]) * 65536 for n, a in zip(numbers, answers, strict=True))
+        assert re.fullmatch(r"\w+;dur=[\d.]+", answers[0].headers["server-timing"])
+        assert client.get("/health").json() == {"free_slots": 32}
+        assert client.get("/pages/1024").status_code == 404

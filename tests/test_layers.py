@@ -1,0 +1,152 @@
+"""The files are the pipeline, in order: imports point one way along it.
+
+import-linter checks the layers of the Python modules (the contracts stand in pyproject.toml). What it cannot see is
+read here: the Cython sources, and rules about who may use what instead of who lies below whom.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "asyncxfer"
+
+
+class Rule(NamedTuple):
+    """What the sources under a folder may import of asyncxfer: these modules, or anything inside these packages."""
+
+    modules: frozenset[str]
+    packages: frozenset[str]
+
+
+RULES = {
+    "asyncxfer/_fast": Rule(frozenset({"asyncxfer._errors"}), frozenset({"asyncxfer._fast"})),
+    # Besides abc, the errors and the native core: the type of what a backend is configured with, and what the two
+    # same-host backends share. Backends do not know each other.
+    "asyncxfer/backends": Rule(
+        frozenset({"asyncxfer.abc", "asyncxfer._errors", "asyncxfer._config", "asyncxfer.backends._engine"}),
+        frozenset({"asyncxfer._fast"}),
+    ),
+    "asyncxfer/bench": Rule(frozenset({"asyncxfer"}), frozenset({"asyncxfer.bench"})),
+    "asyncxfer/connectors": Rule(frozenset({"asyncxfer"}), frozenset({"asyncxfer.connectors"})),
+    "examples": Rule(frozenset({"asyncxfer"}), frozenset()),
+}
+SUFFIXES = frozenset({".py", ".pyi", ".pyx", ".pxd", ".pxi"})
+CYTHON_FROM = re.compile(r"^[ \t]*from[ \t]+([\w.]+)[ \t]+c?import[ \t]+(\([^)]*\)|[^\n#]*)", re.MULTILINE)
+CYTHON_IMPORT = re.compile(r"^[ \t]*c?import[ \t]+([^\n#]*)", re.MULTILINE)
+
+
+def imports(path: Path, *, root: Path = ROOT) -> Iterator[str]:
+    """Yield the absolute names that a Python or Cython source imports, `from a import b` as ``a.b``."""
+    package = path.relative_to(root).parent.parts
+    found = _python_imports(path) if path.suffix in (".py", ".pyi") else _cython_imports(path)
+    for level, module, name in found:
+        base = (".".join(package[: len(package) - level + 1]),) if level else ()
+        yield ".".join(part for part in (*base, module, name) if part)
+
+
+def _python_imports(path: Path) -> Iterator[tuple[int, str, str]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.level, node.module or "", alias.name) for alias in node.names)
+
+
+def _cython_imports(path: Path) -> Iterator[tuple[int, str, str]]:
+    text = path.read_text()
+    for module, names in CYTHON_FROM.findall(text):
+        level = len(module) - len(module.lstrip("."))
+        for name in names.strip("() \n").split(","):
+            yield level, module[level:], name.split()[0] if name.split() else ""
+    for names in CYTHON_IMPORT.findall(text):
+        yield from ((0, name.split()[0], "") for name in names.split(",") if name.strip())
+
+
+def own(name: str, known: frozenset[str]) -> str:
+    """Give the module of asyncxfer that an imported name lies in: ``asyncxfer.abc`` for ``asyncxfer.abc.Backend``."""
+    while name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def known_modules() -> frozenset[str]:
+    found = set()
+    for path in PACKAGE.rglob("*"):
+        if path.suffix in SUFFIXES and "__pycache__" not in path.parts:
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.add(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return frozenset(found)
+
+
+def trespasses(folder: Path, rule: Rule, *, root: Path = ROOT) -> list[str]:
+    """List the imports under `folder` that its rule does not allow."""
+    known = known_modules()
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in SUFFIXES:
+            continue
+        for name in imports(path, root=root):
+            module = own(name, known)
+            if module.split(".")[0] != "asyncxfer" or module in rule.modules:
+                continue
+            if not any(module == package or module.startswith(package + ".") for package in rule.packages):
+                found.append(f"{path.relative_to(root)} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("folder", RULES)
+def test_imports_keep_to_the_rule(folder: str) -> None:
+    if not (ROOT / folder).is_dir():
+        pytest.skip(f"{folder}/ does not exist yet")
+    assert trespasses(ROOT / folder, RULES[folder]) == []
+
+
+def test_the_errors_import_nothing_of_the_package() -> None:
+    assert [name for name in imports(PACKAGE / "_errors.py") if name.startswith("asyncxfer")] == []
+
+
+def test_only_the_configuration_reads_the_environment() -> None:
+    # The bench hands an environment to the NIXL it starts, which is the environment of another program.
+    readers = {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"\bos\.(environ|getenv)\b|from os import .*\b(environ|getenv)\b", path.read_text())
+    }
+    assert {path for path in readers if not path.startswith("asyncxfer/bench/")} == {"asyncxfer/_config.py"}
+
+
+def test_the_scan_sees_what_it_should(tmp_path: Path) -> None:
+    """The rules are worth as much as the reading of the sources: show it both ways of every language."""
+    folder = tmp_path / "asyncxfer" / "_fast"
+    folder.mkdir(parents=True)
+    (folder / "a.pyx").write_text(
+        "from libc.stdint cimport uint64_t\n"
+        "from asyncxfer._agent import Agent\n"
+        "cimport asyncxfer._fast.native as native, asyncxfer.abc\n"
+        "from asyncxfer._fast.native cimport (axf_link,\n    axf_more)\n"
+        "from .. import _config\n"
+    )
+    (folder / "b.py").write_text("from __future__ import annotations\nfrom .. import abc\nimport asyncxfer.abc\n")
+    assert trespasses(folder, RULES["asyncxfer/_fast"], root=tmp_path) == [
+        "asyncxfer/_fast/a.pyx imports asyncxfer._agent.Agent",
+        "asyncxfer/_fast/a.pyx imports asyncxfer._config",
+        "asyncxfer/_fast/a.pyx imports asyncxfer.abc",
+        "asyncxfer/_fast/b.py imports asyncxfer.abc",
+        "asyncxfer/_fast/b.py imports asyncxfer.abc",
+    ]
+
+
+@pytest.mark.slow
+def test_import_linter_keeps_the_contracts() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
