@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,18 @@ Dim: TypeAlias = tuple[int, int] | Int64s | tuple[Int64s, Int64s]
 
 RUN: np.dtype[np.void]
 PAIR: np.dtype[np.void]
+
+@final
+class RunView:
+    """Rows lent to other Cython modules, which cimport it; of no use to Python."""
+
+    def __init__(self, array: Runs) -> None: ...
+
+@final
+class PairView:
+    """The same for pairs."""
+
+    def __init__(self, array: Pairs) -> None: ...
 
 def expand(length: int, dims: Sequence[Dim], *, base: int = 0, segment: int = 0) -> Runs:
     """The rows of a lattice.
