@@ -80,17 +80,18 @@ $(STAMPS)/native: $(STAMPS)/core $(NATIVE)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
+# asyncxfer itself is there already, so this adds what the extra asks for and compiles nothing.
 $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/core
-	$(PIP) --no-build-isolation --editable ".[$*]"
+	$(PIP) "asyncxfer[$*]"
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/venv
 	$(PIP) build
 	@touch $@
 
-# The wheels of NIXL ask for torch, which they do not need here.
+# The wheels of NIXL ask for torch, which the bench does not need.
 $(STAMPS)/nixl: $(STAMPS)/core
-	$(PIP) --no-build-isolation --editable ".[uvloop,bench]"
+	$(PIP) "asyncxfer[uvloop,bench]"
 	$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["nixl"], sep="\n")' \
 	    > $(STAMPS)/nixl-requires.txt
 	$(PIP) --no-deps -r $(STAMPS)/nixl-requires.txt

@@ -45,4 +45,5 @@ setup(
         annotate=ANNOTATE,
         compiler_directives={"language_level": "3", "linetrace": LINETRACE, "profile": LINETRACE},
     ),
+    options={"build_ext": {"parallel": os.cpu_count()}},
 )

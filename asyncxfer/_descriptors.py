@@ -158,7 +158,9 @@ class DescriptorList:
         """
         array = np.asarray(indices)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise DescriptorError(f"rows are selected by a flat array of integers, got {array.dtype} of shape {array.shape}")
+            raise DescriptorError(
+                f"rows are selected by a flat array of integers, got {array.dtype} of shape {array.shape}"
+            )
         try:
             return DescriptorList(self.region, fast.select(self.runs, np.ascontiguousarray(array, dtype=np.int64)))
         except IndexError as error:
@@ -253,7 +255,9 @@ class Indexable:
         """
         if isinstance(rows, DescriptorList):
             if rows.region is not self:
-                raise DescriptorError("this descriptor list belongs to another region; make one by indexing this region")
+                raise DescriptorError(
+                    "this descriptor list belongs to another region; make one by indexing this region"
+                )
             return rows
         array = _integers(rows, "rows")
         if array.size == 0:
@@ -311,4 +315,6 @@ def _outside(runs: Runs, row: int, layout: Layout) -> str:
     if segment >= len(layout.segment_sizes):
         return f"row {row} names segment {segment}, but the region has {len(layout.segment_sizes)}"
     place = "the region" if len(layout.segment_sizes) == 1 else f"segment {segment}"
-    return f"row {row} (offset {offset}, length {length}) is not inside {place} of {layout.segment_sizes[segment]} bytes"
+    return (
+        f"row {row} (offset {offset}, length {length}) is not inside {place} of {layout.segment_sizes[segment]} bytes"
+    )

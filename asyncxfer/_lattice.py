@@ -25,7 +25,7 @@ Index: TypeAlias = Any
 """What numpy takes between brackets: an int, slice, ``...``, ``None``, array or list of int or bool, or a tuple."""
 
 _Item: TypeAlias = int | slice | Int64s | None
-_Bound: TypeAlias = "tuple[int, _Item]"
+_Bound: TypeAlias = tuple[int, _Item]
 """An item and the axis that it indexes; None is a new axis and indexes none (-1)."""
 
 
@@ -36,8 +36,10 @@ class Axis(Protocol):
     def size(self) -> int: ...
     def at(self, index: int) -> tuple[int, int]:
         """The byte offset and the segment of one index, both to be added to those of the other axes."""
+
     def along(self, start: int, step: int, count: int) -> tuple[int, Dim]:
         """The byte offset of the first index of a slice, and the dimension it spans."""
+
     def table(self, indices: Int64s) -> tuple[Int64s, Int64s | None]:
         """Byte offsets, and segments where the axis chooses them, of any indices; IndexError for a wrong one."""
 
@@ -103,7 +105,7 @@ def rows_at(axes: Sequence[Axis], key: tuple[Index, ...], *, base: int, itemsize
     fancy = any(isinstance(item, np.ndarray) for _, item in items)
     segment, place, last = 0, 0, -1
     dims: list[Dim] = []
-    arrays: list[_Bound] = []
+    arrays: list[tuple[int, Int64s]] = []
     for position, (number, item) in enumerate(items):
         if item is None:
             continue
@@ -212,13 +214,12 @@ def _outside(index: int, axis: int, size: int) -> str:
     return f"index {index} is out of bounds for axis {axis}, which has size {size}"
 
 
-def _combine(axes: Sequence[Axis], arrays: Sequence[_Bound]) -> Dim:
+def _combine(axes: Sequence[Axis], arrays: Sequence[tuple[int, Int64s]]) -> Dim:
     """All index arrays together as one table, in C order of their common shape."""
-    shape = _common_shape([np.shape(indices) for _, indices in arrays])
+    shape = _common_shape([indices.shape for _, indices in arrays])
     total: Int64s | None = None
     segments: Int64s | None = None
     for number, indices in arrays:
-        assert isinstance(indices, np.ndarray)
         try:
             offsets, chosen = axes[number].table(indices.reshape(-1))
         except IndexError as error:

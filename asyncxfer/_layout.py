@@ -166,7 +166,9 @@ class Layout:
             The layout has gaps, or the range is not inside it.
         """
         if not self.contiguous:
-            raise DescriptorError("bytes[...] needs a contiguous region; index this one by its shape, or give descriptors")
+            raise DescriptorError(
+                "bytes[...] needs a contiguous region; index this one by its shape, or give descriptors"
+            )
         total = sum(self.segment_sizes)
         start, stop = _byte_range(key, total)
         offsets, lengths, segments = [], [], []
@@ -204,7 +206,7 @@ class Layout:
         return rows_at([PartAxis(self.offsets), *axes], keys, base=0, itemsize=self.itemsize)
 
     def _index_part(self, keys: tuple[Index, ...]) -> Runs:
-        first = keys[0] if keys else None
+        first: Index = keys[0] if keys else None
         parts = len(self.shapes)
         if isinstance(first, bool) or not hasattr(first, "__index__"):
             raise DescriptorError(
@@ -236,7 +238,7 @@ def _is_packed(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) 
     )
 
 
-def _byte_range(key: slice, total: int) -> tuple[int, int]:
+def _byte_range(key: object, total: int) -> tuple[int, int]:
     if not isinstance(key, slice) or key.step not in (None, 1):
         raise DescriptorError(f"bytes[...] takes a slice of step 1, got {key!r}")
     start = 0 if key.start is None else operator.index(key.start)

@@ -43,7 +43,6 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/quickstart.md"])
-@pytest.mark.blocking("numpy's work on the example's arrays is no concern of the detection")
 async def test_the_pages_run_as_typed(page: str) -> None:
     """One block after the other in one namespace, with `await` at the top as in `python -m asyncio`."""
     namespace: dict[str, object] = {"__name__": "page"}

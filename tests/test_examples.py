@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import asyncxfer
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# Wherever the package under test was imported from, the examples import it from there too.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(asyncxfer.__file__).parent.parent)}
 
 
-def run_handoff(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / "kv_handoff.py"), *options],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+def run_handoff(*options: str, script: Path = EXAMPLES / "kv_handoff.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), *options]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=90, check=False)
 
 
 @pytest.mark.parametrize(("model", "memory", "blocks"), [("llama-3.1-8b", 16, 32 * 8), ("tinyllama-1.1b", 8, 22 * 23)])
@@ -53,9 +52,7 @@ def test_handoff_fails_on_a_wrong_block(tmp_path: Path) -> None:
     assert honest in source
     broken = tmp_path / "broken.py"
     broken.write_text(source.replace(honest, f"{honest}\n            cache[layer, blocks[0]] += layer == 2"))
-    ran = subprocess.run(
-        [sys.executable, str(broken), "--memory", "16"], capture_output=True, text=True, timeout=90, check=False
-    )
+    ran = run_handoff("--memory", "16", script=broken)
     assert ran.returncode == 1, ran.stderr
     assert "decode: 252 of 256 blocks verified" in ran.stdout  # one block of each of four requests
 
@@ -66,7 +63,9 @@ def server() -> Iterator[str]:
     for library in ("starlette", "uvicorn", "httpx"):
         pytest.importorskip(library, reason=f"{library} is not installed: pip install asyncxfer[server]")
     command = [sys.executable, str(EXAMPLES / "async_server.py"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

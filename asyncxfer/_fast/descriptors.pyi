@@ -22,13 +22,13 @@ PAIR: np.dtype[np.void]
 class RunView:
     """Rows lent to other Cython modules, which cimport it; of no use to Python."""
 
-    def __init__(self, array: Runs) -> None: ...
+    def __new__(cls, array: Runs) -> RunView: ...
 
 @final
 class PairView:
     """The same for pairs."""
 
-    def __init__(self, array: Pairs) -> None: ...
+    def __new__(cls, array: Pairs) -> PairView: ...
 
 def expand(length: int, dims: Sequence[Dim], *, base: int = 0, segment: int = 0) -> Runs:
     """The rows of a lattice.

@@ -75,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
 async def _run(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], Callable[..., Any]]:
     from . import _compare, _loop, _report
 
-    shapes = DEFAULT_SHAPES
+    shapes: Sequence[Shape] = DEFAULT_SHAPES
     if arguments.stall is not None:
         shapes = DEFAULT_SHAPES[:1]
     elif arguments.in_flight is not None:

@@ -65,9 +65,9 @@ class OurSide(Side):
         plan = self._prepared()
         cpu, start = time.process_time(), time.perf_counter()
         for _ in range(repeats):
-            done = await plan()
+            await plan()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": done.backend}
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": plan.backend}
 
     async def release(self) -> None:
         self._plan = None
