@@ -80,6 +80,6 @@ def _make(spec: BackendSpec, points: Mapping[str, EntryPoint], config: Config) -
         backend_class = points[spec].load()
     except (ImportError, AttributeError) as error:
         raise BackendError(f"backend {spec!r} does not load: {error}") from error
+    backend_class.examine(config)
     backend: Backend = backend_class(config)
-    backend.probe()
     return backend

@@ -249,8 +249,9 @@ class Backend(abc.ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def probe(self) -> str:
-        """Say in a line what this machine lets the backend do, for ``asyncxfer doctor``.
+    @classmethod
+    def examine(cls, config: Config) -> str:
+        """Say in a line what this machine lets the backend do; asked before one is made, and by ``asyncxfer doctor``.
 
         Raises
         ------

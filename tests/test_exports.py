@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,8 @@ def test_a_type_checker_sees_every_public_name(tmp_path: Path) -> None:
     done = subprocess.run(
         [*checker, module], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=False
     )
-    revealed = [line.split('"')[1].split(".")[-1].rstrip("]") for line in done.stdout.splitlines() if "Revealed type" in line]
+    types = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    revealed = [name.split(".")[-1].rstrip("]") for name in types]
     assert revealed == [
         "Transfer", "Done", "DescriptorList", "Plan", "Agent", "Region", "Region", "Peer",
     ], done.stdout  # fmt: skip

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,9 @@ from ..abc import (
     Segment,
 )
 from ._engine import EngineBackend
+
+if TYPE_CHECKING:
+    from .._config import Config
 
 __all__ = ["ShmBackend"]
 
@@ -92,7 +95,8 @@ class ShmBackend(EngineBackend):
     name: ClassVar[str] = "shm"
     capabilities: ClassVar[Capabilities] = Capabilities(Reach.HOST, frozenset({(MemoryKind.DRAM, MemoryKind.DRAM)}))
 
-    def probe(self) -> str:
+    @classmethod
+    def examine(cls, config: Config) -> str:
         """Say whether peers can attach, and let them where Yama wants to be told."""
         scope = _YAMA.read_text().strip() if _YAMA.exists() else ""
         if scope == "1":
