@@ -6,13 +6,16 @@ Belongs to one event loop. It is told what arrives, what was announced and who w
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 from ._errors import ClosedError, PeerLostError, TransferError, TransferTimeout
 
 __all__ = ["Inbox", "Notification"]
+
+
+_BROKEN_KEPT = 4096  # failures that nobody has asked for yet
 
 
 class Notification(NamedTuple):
@@ -53,6 +56,8 @@ class Inbox:
         self._readers: deque[asyncio.Future[Notification]] = deque()
         self._announced: dict[tuple[str, bytes], int] = {}
         self._senders: dict[str, int] = {}
+        self._gone: dict[str, str] = {}
+        self._broken: OrderedDict[tuple[str, bytes], TransferError] = OrderedDict()
         self._closed: str | None = None
 
     @property
@@ -65,6 +70,7 @@ class Inbox:
     def joined(self, peer: str) -> None:
         """Note that a peer has connected, and may send."""
         self._senders[peer] = self._senders.get(peer, 0) + 1
+        self._gone.pop(peer, None)
 
     def announced(self, peer: str, tag: bytes) -> None:
         """Note that a peer has begun a transfer that will notify."""
@@ -87,11 +93,9 @@ class Inbox:
         self._kept_bytes += len(tag) + 64
 
     def failed(self, peer: str, tag: bytes) -> None:
-        """Tell who waits for a tag that the transfer behind it has failed."""
+        """Tell who waits for a tag, or will, that the transfer behind it has failed."""
         self._unannounce(peer, tag)
-        wait = self._take_wait(peer, tag)
-        if wait is not None:
-            wait.future.set_exception(TransferError(f"the transfer of {peer!r} that was to notify {tag!r} has failed"))
+        self._break(peer, tag, TransferError(f"the transfer of {peer!r} that was to notify {tag!r} has failed"))
 
     def lost(self, peer: str, why: str) -> None:
         """Fail what only this peer could have ended."""
@@ -99,16 +103,33 @@ class Inbox:
         if self._senders[peer]:
             return
         del self._senders[peer]
-        promised = {tag for sender, tag in self._announced if sender == peer}
-        self._announced = {key: n for key, n in self._announced.items() if key[0] != peer}
-        for tag, waits in list(self._waits.items()):
-            for wait in list(waits):
-                elsewhere = any(sent == tag for _, sent in self._announced)
-                doomed = wait.peer == peer or (
-                    wait.peer is None and not elsewhere and (tag in promised or not self._senders)
-                )
-                if doomed and not wait.future.done():
-                    wait.future.set_exception(PeerLostError(f"{why} while {tag!r} was expected"))
+        self._gone[peer] = why
+        for sender, tag in [key for key in self._announced if key[0] == peer]:
+            del self._announced[sender, tag]
+            self._break(peer, tag, PeerLostError(f"{why}; it had announced {tag!r}"))
+        for waits in list(self._waits.values()):
+            for wait in waits:
+                doom = self._doom(wait.peer)
+                if doom is not None and not wait.future.done():
+                    wait.future.set_exception(doom)
+
+    def _break(self, peer: str, tag: bytes, error: TransferError) -> None:
+        """Hand an error to who waits for a tag, or keep it for who will ask."""
+        wait = self._take_wait(peer, tag)
+        if wait is not None:
+            wait.future.set_exception(error)
+            return
+        self._broken[peer, tag] = error
+        if len(self._broken) > _BROKEN_KEPT:
+            self._broken.popitem(last=False)
+
+    def _doom(self, peer: str | None) -> PeerLostError | None:
+        """Why nothing can come from a peer, or from anyone: it was connected, and is gone."""
+        if peer is not None:
+            return PeerLostError(self._gone[peer]) if peer in self._gone else None
+        if self._senders or not self._gone:
+            return None
+        return PeerLostError(f"{list(self._gone.values())[-1]}; no other peer is connected")
 
     def close(self, why: str) -> None:
         """End every wait."""
@@ -131,6 +152,12 @@ class Inbox:
                 del self._kept[index]
                 self._let_go(note)
                 return note
+        for sender, broken in self._broken:
+            if broken == tag and peer in (None, sender):
+                raise self._broken.pop((sender, broken))
+        doom = self._doom(peer)
+        if doom is not None:
+            raise doom
         wait = _Wait(asyncio.get_running_loop().create_future(), peer)
         waits = self._waits.setdefault(tag, deque())
         waits.append(wait)

@@ -49,37 +49,41 @@ def load(wanted: Iterable[BackendSpec] | None, config: Config) -> tuple[dict[str
     """
     points = available()
     if wanted is None:
-        return _load_all(points, config)
-    backends: dict[str, Backend] = {}
-    for spec in wanted:
-        backend = _make(spec, points, config)
-        backends[backend.name] = backend
-    return backends, {}
+        ready, refused = _all_that_work(points, config)
+    else:
+        ready, refused = [_resolve(spec, points, config) for spec in wanted], {}
+    made = [spec if isinstance(spec, Backend) else spec(config) for spec in ready]  # none before all are known to work
+    return {backend.name: backend for backend in made}, refused
 
 
-def _load_all(points: Mapping[str, EntryPoint], config: Config) -> tuple[dict[str, Backend], dict[str, str]]:
-    backends: dict[str, Backend] = {}
+def _all_that_work(
+    points: Mapping[str, EntryPoint], config: Config
+) -> tuple[list[type[Backend] | Backend], dict[str, str]]:
+    ready: list[type[Backend] | Backend] = []
     refused: dict[str, str] = {}
     for name in points:
         try:
-            backends[name] = _make(name, points, config)
+            ready.append(_resolve(name, points, config))
         except BackendError as error:
             refused[name] = str(error)
-    return backends, refused
+    return ready, refused
 
 
-def _make(spec: BackendSpec, points: Mapping[str, EntryPoint], config: Config) -> Backend:
+def _resolve(spec: BackendSpec, points: Mapping[str, EntryPoint], config: Config) -> type[Backend] | Backend:
+    """The class, or the instance that was given, once it is known to work here."""
     if isinstance(spec, Backend):
         return spec
-    if isinstance(spec, type):
-        return spec(config)
-    if spec not in points:
-        known = ", ".join(sorted(points))
-        raise BackendError(f"there is no backend {spec!r}; installed are: {known}")
-    try:
-        backend_class = points[spec].load()
-    except (ImportError, AttributeError) as error:
-        raise BackendError(f"backend {spec!r} does not load: {error}") from error
+    backend_class = _load(spec, points) if isinstance(spec, str) else spec
     backend_class.examine(config)
-    backend: Backend = backend_class(config)
-    return backend
+    return backend_class
+
+
+def _load(name: str, points: Mapping[str, EntryPoint]) -> type[Backend]:
+    if name not in points:
+        known = ", ".join(sorted(points))
+        raise BackendError(f"there is no backend {name!r}; installed are: {known}")
+    try:
+        backend_class: type[Backend] = points[name].load()
+    except (ImportError, AttributeError) as error:
+        raise BackendError(f"backend {name!r} does not load: {error}") from error
+    return backend_class

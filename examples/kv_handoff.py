@@ -2,7 +2,8 @@
 
 Both processes hold the cache of a named model, cut into blocks of 16 tokens, and each has its own block table for every
 request. Prefill puts a layer as soon as it is computed and computes the next one while that travels; decode awaits one
-notification a layer, and checks each block against a checksum of what it must be, which it works out by itself.
+notification a layer, and checks each block against a checksum of what it must be, which it works out by itself. Then
+all of it once more in a single put, with nothing else to do.
 
     python examples/kv_handoff.py --model llama-3.1-8b --memory 256
 
@@ -78,26 +79,36 @@ async def prefill(job: Job, pipe: Connection) -> None:
         def compute_layer(request: int, layer: int, blocks: list[int]) -> None:
             cache[layer, blocks] = job.compute(request, layer, len(blocks))
 
-        async def hand_off(request: int, mine: list[int], yours: list[int]) -> list[Done]:
+        async def hand_off(request: int, blocks: list[int], remote_blocks: list[int]) -> list[Done]:
             puts = []
             for layer in range(job.shape[0]):
-                await asyncio.to_thread(compute_layer, request, layer, mine)
+                await asyncio.to_thread(compute_layer, request, layer, blocks)
                 # Posted here, awaited below: it travels while the next layer is computed.
-                puts.append(agent.put(region[layer, mine], remote[layer, yours], notify=tag(request, layer)))
-            return await asyncio.gather(*puts)
+                local, target = region[layer, blocks], remote[layer, remote_blocks]
+                puts.append(agent.put(local, target, notify=tag(request, layer)))
+            computed = time.perf_counter()
+            done = await asyncio.gather(*puts)
+            waits.append(time.perf_counter() - computed)
+            return done
 
+        mine = job.block_tables("prefill")
         stalls: list[float] = []
+        waits: list[float] = []
         watching = asyncio.create_task(watch_loop(stalls))
-        start = time.perf_counter()
-        done: list[Done] = []
-        for request, (mine, yours) in enumerate(zip(job.block_tables("prefill"), theirs, strict=True)):
-            done += await hand_off(request, mine, yours)
-        elapsed = time.perf_counter() - start
-        watching.cancel()
 
-        # Leave only when the other side has what it needs of this one.
-        await asyncio.to_thread(pipe.recv)
-        report(done, elapsed, max(stalls))
+        start = time.perf_counter()
+        layers: list[Done] = []
+        for request, (blocks, remote_blocks) in enumerate(zip(mine, theirs, strict=True)):
+            layers += await hand_off(request, blocks, remote_blocks)
+        elapsed = time.perf_counter() - start
+        await asyncio.to_thread(pipe.recv)  # decode has checked all of it, and forgotten it
+
+        whole = await agent.put(region[:, np.concatenate(mine)], remote[:, np.concatenate(theirs)], notify=b"whole")
+        await asyncio.to_thread(pipe.recv)  # decode has checked again: this side may leave
+
+        watching.cancel()
+        report(layers, elapsed - sum(waits), sum(waits), whole)
+        print(f"longest stall of the event loop: {max(stalls) * 1e3:.1f} ms")
 
 
 async def watch_loop(stalls: list[float]) -> None:
@@ -108,14 +119,14 @@ async def watch_loop(stalls: list[float]) -> None:
         stalls.append(time.perf_counter() - asked - 0.001)
 
 
-def report(puts: list[Done], elapsed: float, stall: float) -> None:
+def report(layers: list[Done], computing: float, waiting: float, whole: Done) -> None:
     """Print what was moved, and how."""
-    nbytes, moving = sum(done.nbytes for done in puts), sum(done.seconds for done in puts)
-    backends = ", ".join(sorted({done.backend for done in puts}))
-    print(f"prefill: {nbytes / 2**20:.0f} MiB in {len(puts)} puts of {puts[0].nbytes / 2**10:.0f} KiB by {backends}")
-    print(f"prefill: {nbytes / moving / 1e9:.1f} GB/s while a put is under way", end="; ")
-    print(f"{elapsed:.2f} s from the first computation to the last byte")
-    print(f"prefill: longest stall of the event loop {stall * 1e3:.1f} ms")
+    nbytes = sum(done.nbytes for done in layers)
+    backends = ", ".join(sorted({done.backend for done in [*layers, whole]}))
+    print(f"layer by layer: {nbytes / 2**20:.0f} MiB in {len(layers)} puts by {backends}", end=", ")
+    print(f"{waiting * 1e3:.1f} ms of waiting for them after {computing * 1e3:.0f} ms of computation")
+    print(f"all at once: {whole.nbytes / 2**20:.0f} MiB in {whole.descriptors} rows", end=", ")
+    print(f"{whole.nbytes / whole.seconds / 1e9:.1f} GB/s")
 
 
 # ---- decode -------------------------------------------------------------------------------------------------------
@@ -140,13 +151,22 @@ async def decode(job: Job, pipe: Connection) -> int:
                 wrong += await asyncio.to_thread(check_layer, request, layer, blocks)
             return wrong
 
-        wrong = sum(await asyncio.gather(*(receive(number, blocks) for number, blocks in enumerate(tables))))
-        free = sorted(set(range(job.shape[1])).difference(*tables))
-        wrong += int(cache[:, free].any(axis=(2, 3, 4, 5)).sum())  # nothing may be written where nothing was sent
-        checked = job.shape[0] * job.shape[1]
-        print(f"decode: {checked - wrong} of {checked} blocks verified", flush=True)
-        pipe.send("received")
-        return wrong
+        def check_whole() -> int:
+            free = sorted(set(range(job.shape[1])).difference(*tables))
+            strays = int(cache[:, free].any(axis=(2, 3, 4, 5)).sum())  # nothing is written where nothing was sent
+            every = ((request, layer) for request in range(job.requests) for layer in range(job.shape[0]))
+            return strays + sum(check_layer(request, layer, tables[request]) for request, layer in every)
+
+        wrong = sum(await asyncio.gather(*(receive(request, blocks) for request, blocks in enumerate(tables))))
+        await asyncio.to_thread(cache.fill, 0)
+        pipe.send("layers checked")
+        await agent.expect(b"whole", timeout=60)
+        wrong_again = await asyncio.to_thread(check_whole)
+        total = job.shape[0] * sum(map(len, tables))
+        print(f"verified: {total - wrong} of {total} blocks layer by layer", end=", ")
+        print(f"{total - wrong_again} all at once", flush=True)
+        pipe.send("whole checked")
+        return wrong + wrong_again
 
 
 def decode_process(job: Job, pipe: Connection) -> None:

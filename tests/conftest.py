@@ -34,10 +34,15 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 # What may block on the loop's thread, each with its reason; (file, function names).
 MAY_BLOCK: tuple[tuple[str, frozenset[str]], ...] = (
-    # The kernel answers reads of /proc from memory, in microseconds.
-    ("asyncxfer/_memory.py", frozenset({"_read_maps", "parse", "read"})),
-    # Entry points are read once, when an agent starts.
-    ("asyncxfer/_plugins.py", frozenset({"discover", "load"})),
+    # The kernel answers these reads of /proc from memory, in microseconds, once when an agent starts.
+    ("asyncxfer/_agent.py", frozenset({"_host_id"})),
+    # The threads that it joins have ended their work: all of it was awaited.
+    ("asyncxfer/_agent.py", frozenset({"_end"})),
+    # Memory, limits and the kernel's rules: /proc and /sys again, once an allocation or a peer.
+    ("asyncxfer/_sharing.py", frozenset({"_memory_facts"})),
+    ("asyncxfer/backends/shm.py", frozenset({"examine", "_refusal"})),
+    # Entry points are read, and backends imported, once when an agent starts.
+    ("asyncxfer/_plugins.py", frozenset({"available", "load"})),
 )
 
 # How long something that ends on its own (a thread, a child) may take to do so after its test.

@@ -184,6 +184,17 @@ def test_an_index_selects_the_bytes_that_numpy_would_in_its_order(data: st.DataO
     assert fast.check(selected.runs, layout.sizes) == -1
 
 
+between = st.sampled_from([0, slice(None), slice(None, None, -2), None, Ellipsis])
+
+
+@given(st.lists(st.one_of(between, st.just([1, 0, 1]), st.just([[1], [0]])), min_size=2, max_size=6))
+def test_arrays_side_by_side_stay_in_place_and_parted_ones_go_first(entries: list[Any]) -> None:
+    key = tuple(entry for i, entry in enumerate(entries) if entry is not Ellipsis or Ellipsis not in entries[:i])
+    assume(sum(entry is not None and entry is not Ellipsis for entry in key) <= 4)
+    layout = Layout.of((2, 3, 2, 4), 1)
+    assert stream(rows_of(layout.index(key))) == addresses(layout)[key].ravel().tolist()
+
+
 @given(data=st.data(), shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple))
 def test_an_index_is_refused_exactly_when_numpy_refuses_it(data: st.DataObject, shape: tuple[int, ...]) -> None:
     entry = st.one_of(
@@ -268,7 +279,12 @@ def test_splitting_cuts_each_row_on_its_own(runs: Runs, size: int) -> None:
     assert rows_of(fast.split(runs, size)) == expected
 
 
-@given(any_runs, st.data())
+sparse_runs = st.lists(st.tuples(lengths, lengths, st.just(0), st.integers(0, 1), st.just(0)), max_size=6).map(
+    lambda rows: np.array(rows, dtype=fast.RUN)
+)
+
+
+@given(st.one_of(any_runs, sparse_runs), st.data())
 def test_selecting_is_indexing_the_rows(runs: Runs, data: st.DataObject) -> None:
     rows = rows_of(runs)
     n = len(rows)

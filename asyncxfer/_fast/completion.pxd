@@ -74,6 +74,8 @@ cdef class Completion:
     cdef readonly CompletionQueue queue
     cdef object prepared
     cdef bint held
+    cdef bint ending            # a backend in Python has ended it
 
     cdef void hold(self)
     cdef void release(self)
+    cdef int claim_end(self) except -1

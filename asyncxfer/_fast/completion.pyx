@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, autotestdict=False
 """Completions: how a transfer ends, whoever carried it, and how that reaches the event loop that waits for it.
 
 A Completion is one transfer in flight. A backend ends it once, from any thread, with or without the GIL. What ending
@@ -18,6 +18,8 @@ from posix.unistd cimport close, read, write
 from asyncxfer._fast.link cimport Link
 from asyncxfer._fast.native cimport *
 from asyncxfer._fast.outbox cimport outbox_post, outbox_wake
+
+from asyncxfer._errors import BackendError
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initial, int flags)
@@ -151,16 +153,18 @@ cdef class CompletionQueue:
                 next_ = <node_t*>node.next
                 node.next = self.backlog
                 self.backlog, node = node, next_
-        while self.backlog != NULL:
-            node = self.backlog
-            self.backlog = <node_t*>node.next
-            dispatch(node)
-            settled += 1
-            if settled % 8 == 0 and axf_now() > end:
-                break
-        if self.backlog != NULL:
-            count = 1
-            write(self.q.fd, &count, 8)
+        try:
+            while self.backlog != NULL:
+                node = self.backlog
+                self.backlog = <node_t*>node.next
+                dispatch(node)
+                settled += 1
+                if settled % 8 == 0 and axf_now() > end:
+                    break
+        finally:  # also behind an exception: what is left has nobody else to wake the loop for it
+            if self.backlog != NULL:
+                count = 1
+                write(self.q.fd, &count, 8)
         return settled
 
     def overdue(self, int64_t nanoseconds) -> bool:
@@ -320,8 +324,15 @@ cdef class Completion:
 
     @property
     def stopping(self) -> bool:
-        """Whether the transfer is to end early."""
-        return axf_load(&self.op.stop) != 0
+        """Whether the transfer is to end early: it was stopped, or is out of time."""
+        if self.op.deadline and axf_load(&self.op.stop) == OK and axf_now() >= self.op.deadline:
+            axf_claim(&self.op.stop, OK, TIMED_OUT)
+        return axf_load(&self.op.stop) != OK
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that are left of its time limit; None where it has none."""
+        return max(self.op.deadline - axf_now(), 0) / 1e9 if self.op.deadline else None
 
     def post(self, stopper=None) -> None:
         """Say that the transfer is in flight; `stopper()` is called, from any thread, when it should end early."""
@@ -342,12 +353,22 @@ cdef class Completion:
             self.release()
 
     def succeed(self) -> None:
-        """The data is where it should be and the buffers are quiescent."""
+        """The data is where it should be and the buffers are quiescent. It counts as stopped if it was to stop."""
+        self.claim_end()
         with nogil:
             op_finish(&self.op, OK, 0)
 
     def fail(self, error: BaseException) -> None:
         """The transfer did not succeed and the buffers are quiescent."""
+        self.claim_end()
         self._error = error
         with nogil:
             op_finish(&self.op, FAILED, 0)
+
+    cdef int claim_end(self) except -1:
+        # A second end would put the node on the stack twice. The GIL is held: no two threads pass.
+        if self.ending or axf_load(&self.op.state):
+            raise BackendError("a completion was ended twice; a backend calls succeed() or fail() once a transfer")
+        self.ending = True
+        self.hold()
+        return 0

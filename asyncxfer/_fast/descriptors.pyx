@@ -10,8 +10,9 @@ Every function takes arrays and gives new ones; none knows a region, a peer or a
 looks at how large a segment is. Arithmetic on offsets is modulo 2**64 and never traps: rows are made safe by
 ``check``, once, before anything follows them to memory.
 
-The loops hold no GIL. Outputs are ``np.empty`` of an upper bound, shrunk in place afterwards: what is never
-written is never paged in, so a generous bound costs only address space.
+The loops hold no GIL. Outputs are ``np.empty`` of the likely size, grown or shrunk in place where that proves
+wrong: a block as large as the one freed before comes from the heap, warm, and a fresh one costs its page faults,
+which are dearer than the work.
 """
 
 cimport cython
@@ -99,7 +100,8 @@ cdef class PairView:
 
 cdef object _cut(object array, Py_ssize_t size):
     # Nothing may look at the array meanwhile: its memory can move. A few spare rows are cheaper kept than given back.
-    if len(array) <= SPARE_ROWS:
+    cdef Py_ssize_t spare = len(array) - size
+    if spare <= SPARE_ROWS or spare <= size // 8:
         return array[:size]
     array.resize(size, refcheck=False)
     return array
@@ -437,14 +439,17 @@ def fold(runs):
     return _cut(array, n)
 
 
-cdef Py_ssize_t _merge(const run_t* runs, Py_ssize_t size, run_t* out) noexcept nogil:
+cdef Py_ssize_t _merge(const run_t* runs, Py_ssize_t size, run_t* out, Py_ssize_t room) noexcept nogil:
     # The last run stays open: where the next begins at its end, the two rows that touch become one.
+    # A run writes two at most, and the last one is written at the end; -1 when there may not be the room for that.
     cdef Py_ssize_t i, n = 0
     cdef run_t run, last = _row(0, 0, 0)
     for i in range(size):
         run = runs[i]
         if run.count == 0 or run.length == 0:
             continue
+        if n + 3 > room:
+            return -1
         if run.count > 1 and run.stride == <int64_t> run.length:
             run = _row(run.offset, run.length * run.count, run.segment)
         if (
@@ -473,12 +478,14 @@ cdef Py_ssize_t _merge(const run_t* runs, Py_ssize_t size, run_t* out) noexcept 
 
 def merge(runs):
     cdef RunView view = RunView(runs), out
-    cdef Py_ssize_t n
-    array = _empty(2 * view.size, _RUN)
-    out = RunView(array)
-    with nogil:
-        n = _merge(view.at, view.size, out.at)
-    out = None
+    cdef Py_ssize_t n = -1, room = view.size + 2
+    while n < 0:
+        array = _empty(room, _RUN)
+        out = RunView(array)
+        with nogil:
+            n = _merge(view.at, view.size, out.at, room)
+        out = None
+        room = 2 * room
     return _cut(array, n)
 
 
@@ -747,7 +754,7 @@ cdef Py_ssize_t _pair(match_t* match, pair_t* out, Py_ssize_t room, bint merge) 
 def pair(local, remote, bint merge=True):
     cdef RunView near = RunView(local), far = RunView(remote)
     cdef match_t match
-    cdef Py_ssize_t n = 0, room = near.size + far.size + 3
+    cdef Py_ssize_t n = 0, room = max(near.size, far.size) + 3
     cdef PairView out
     array = _empty(room, _PAIR)
     memset(&match, 0, sizeof(match))
@@ -759,7 +766,7 @@ def pair(local, remote, bint merge=True):
             n += _pair(&match, out.at + n, room - n, merge)
         if match.local.run == match.local.end or match.remote.run == match.remote.end:
             break
-        # Lone rows never come here; strided runs of unequal lengths can make more pairs than there are runs.
+        # Lists that are cut in different places make more pairs than either has runs.
         out = None
         room = 2 * room + SPARE_ROWS
         array.resize(room, refcheck=False)

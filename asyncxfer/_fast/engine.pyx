@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False, autotestdict=False
 """The copy engine: a few threads without the GIL, shared by all agents of the process.
 
 Work is a transfer made ready once: absolute addresses, cut into chunks of about a megabyte. Posting it costs a lock

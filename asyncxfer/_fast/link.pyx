@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, autotestdict=False
 """The two ends of a connection between agents, for native code: Link at the initiator, GatePage at the target.
 
 The page is a sealed memfd that the target makes for each initiator. It knows which regions are open to that initiator
@@ -105,6 +105,22 @@ cdef class Link:
     def gone(self) -> bool:
         """Whether the peer has closed its end or has ended: asks the kernel, about a microsecond."""
         return axf_link_gone(&self.c) == 1
+
+    def enter(self, uint32_t slot, uint32_t epoch) -> bool:
+        """Pass the gate of a region of the peer; False when it has been taken back. `leave` follows a True.
+
+        A backend in Python that touches the peer's memory itself does so between the two, in pieces that take no
+        longer than a fraction of a second: as long as it is inside, the peer waits to let go of the region.
+        """
+        if slot >= AXF_SLOTS:
+            raise IndexError(f"slot {slot} of {AXF_SLOTS}")
+        return axf_gate_enter(axf_gate_at(self.c.page, slot), epoch) == 1
+
+    def leave(self, uint32_t slot) -> None:
+        """Come out again, after `enter` has let in."""
+        if slot >= AXF_SLOTS:
+            raise IndexError(f"slot {slot} of {AXF_SLOTS}")
+        axf_gate_leave(axf_gate_at(self.c.page, slot))
 
     def close(self) -> None:
         """From now on nothing is sent or put over it. The descriptors stay the caller's."""

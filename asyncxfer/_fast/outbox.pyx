@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: language_level=3, boundscheck=False, wraparound=False, auto_pickle=False, autotestdict=False
 """The outbox: notifications that found the peer's socket full.
 
 One thread, made on first need, sleeps in poll until a socket has room, its peer is gone, or the transfer behind the
@@ -111,6 +111,9 @@ cdef int deliver(letter_t* letter, int64_t now) noexcept nogil:
             status = TIMED_OUT
         if status == OK:
             return 0
+        op_settle(op, status, rc)
+        letter.op, letter.kind = NULL, c'F'     # the receiver was told to expect it, so it hears that it does not come
+        return 0
     elif rc != 0:
         status = PEER_GONE
     if op != NULL:

@@ -76,6 +76,8 @@ class Worker:
         BenchError
             If the process reports an error, ends, or does not answer in time.
         """
+        if self._process.returncode is not None:
+            raise BenchError(f"{self.name} ended before {do!r}; see its error output")
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None, "it was asked for as a pipe"
         assert stdout is not None, "it was asked for as a pipe"
