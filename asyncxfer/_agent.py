@@ -39,7 +39,7 @@ from ._errors import (
     RegistrationError,
     TransferTimeout,
 )
-from ._fast import engine, outbox
+from ._fast import completion, engine, outbox
 from ._fast.link import PAGE_BYTES, SLOTS, Link
 from ._fast.memory import Mapping as MemoryMapping
 from ._inbox import Inbox, Notification
@@ -116,9 +116,10 @@ class Agent:
         self._dialling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._present: dict[tuple[str, int], int] = {}
         self._generations: dict[str, int] = {}
-        self._listeners: list[asyncio.Queue[PeerEvent | None]] = []
+        self._listeners: weakref.WeakSet[asyncio.Queue[PeerEvent | None]] = weakref.WeakSet()
         self._cleanups: set[asyncio.Task[None]] = set()
         self._free_slots: list[int] = []
+        self._slots = 0
         self._count = 0
         self._flights: Flights | None = None
         self._acceptor: Acceptor
@@ -184,7 +185,7 @@ class Agent:
         while self._cleanups:
             await asyncio.wait(self._cleanups)
         self._inbox.close(why)
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener.put_nowait(None)
         self._acceptor.close()
         for backend in self._backends.values():
@@ -340,6 +341,8 @@ class Agent:
         name = f"region-{number}" if name is None else name
         if name in self._regions:
             raise RegistrationError(f"agent {self.name!r} has a region {name!r} already; names are unique")
+        if not self._free_slots and self._slots >= SLOTS:
+            raise RegistrationError(f"agent {self.name!r} has {SLOTS:,} regions, the most there can be; register lists")
         registrations: dict[str, Registration] = {}
         refused: dict[str, str] = {}
         for backend in self._backends.values():
@@ -350,9 +353,10 @@ class Agent:
         if not registrations:
             reasons = "; ".join(f"{k}: {v}" for k, v in (self._refused | refused).items())
             raise RegistrationError(f"no backend can use this {memory.kind} memory ({reasons})")
-        slot = self._free_slots.pop() if self._free_slots else len(self._regions)
-        if slot >= SLOTS:
-            raise RegistrationError(f"agent {self.name!r} has {SLOTS:,} regions, the most there can be; register lists")
+        if not self._free_slots:  # a slot whose last initiator is stopped inside it never becomes free again
+            self._free_slots.append(self._slots)
+            self._slots += 1
+        slot = self._free_slots.pop()
         self._count = number
         region = Region(name, memory, id=number, slot=slot, epoch=number, access=access, close=self._close_region)
         region.registrations = registrations
@@ -450,16 +454,16 @@ class Agent:
             if (welcome.name, welcome.generation) != (metadata.name, metadata.generation):
                 raise PeerLostError(f"{what} is gone: {welcome.name!r}, {welcome.generation}, answers in its place")
             link = _make_link(outgoing)
+            reach = Reach.PROCESS if welcome.process == _process else Reach.HOST
+            info = PeerInfo(
+                metadata.name, metadata.generation, reach, link.pid, (welcome.probe_address, welcome.probe_value), link
+            )
+            peer = Peer(metadata, info, notify=self._notify, leave=self._leave)
+            await self._reach(peer)
         except BaseException:
             outgoing.discard()
             outgoing.channel.release()
             raise
-        reach = Reach.PROCESS if welcome.process == _process else Reach.HOST
-        info = PeerInfo(
-            metadata.name, metadata.generation, reach, link.pid, (welcome.probe_address, welcome.probe_value), link
-        )
-        peer = Peer(metadata, info, notify=self._notify, leave=self._leave)
-        await self._reach(peer)
         self._outgoing[peer] = outgoing
         self._peers[peer.name] = peer
         self._joined(peer.name, peer.generation)
@@ -485,7 +489,10 @@ class Agent:
         segments = tuple(Segment(s.address, s.nbytes) for s in info.segments)
         backings = [None if s.backing < 0 else (fds[s.backing], s.backing_offset) for s in info.segments]
         for name, endpoint in peer.endpoints.items():
-            region.attachments[name] = endpoint.attach(info.kind, segments, backings, b"")
+            try:
+                region.attachments[name] = endpoint.attach(info.kind, segments, backings, b"")
+            except BackendError as error:
+                region.refusals[name] = str(error)
         while fds:
             os.close(fds.pop())
         peer.add(region)
@@ -524,7 +531,8 @@ class Agent:
             return
         flights = self._started()
         outbox.forget(peer.link)
-        await flights.settle(flights.to(peer.link), within=self.config.close_timeout)
+        gone = completion.STATUS_PEER_GONE
+        await flights.settle(flights.to(peer.link), within=self.config.close_timeout, status=gone)
         outbox.forget(peer.link)
         outgoing.discard()
         outgoing.channel.release()
@@ -577,22 +585,18 @@ class Agent:
             self._tell(PeerEvent(name, generation, state))
 
     def _tell(self, event: PeerEvent) -> None:
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener.put_nowait(event)
 
-    async def events(self) -> AsyncIterator[PeerEvent]:
+    def events(self) -> AsyncIterator[PeerEvent]:
         """Yield changes of peers' states from now on: joined, suspect, lost, restarted, left.
 
         Peers are those that this agent connected to and those that connected to it.
         """
         self._check_open()
         queue: asyncio.Queue[PeerEvent | None] = asyncio.Queue()
-        self._listeners.append(queue)
-        try:
-            while (event := await queue.get()) is not None:
-                yield event
-        finally:
-            self._listeners.remove(queue)
+        self._listeners.add(queue)
+        return _events(queue)
 
     # ---- notifications -------------------------------------------------------------------------------------------
 
@@ -621,6 +625,8 @@ class Agent:
             It did not come in time.
         """
         self._check_open()
+        if not isinstance(tag, bytes):
+            raise DescriptorError(f"a notification is bytes, not {type(tag).__name__}")
         return await self._inbox.expect(tag, peer.name if isinstance(peer, Peer) else peer, timeout)
 
     def _notify(self, peer: Peer, tag: bytes) -> Transfer:
@@ -746,12 +752,20 @@ class Agent:
                     f"{what} is {type(rows).__name__}; expected a DescriptorList, such as region[...] or region.bytes[:]"
                 )
         here, there = local.region, remote.region
-        if not isinstance(here, Region) or self._regions.get(here.name, here) is not here:
+        if isinstance(here, Region):
+            here.check_open()
+        if not isinstance(here, Region) or self._regions.get(here.name) is not here:
             raise DescriptorError(f"local must be descriptors of a region of agent {self.name!r}, not of {here!r}")
-        if not isinstance(there, (Region, RemoteRegion)):
-            raise DescriptorError(f"remote must be descriptors of a peer's region, not of {there!r}")
-        here.check_open()
-        there.check_open()
+        if isinstance(there, (Region, RemoteRegion)):
+            there.check_open()
+        remote_known = isinstance(there, RemoteRegion) and there.peer in self._outgoing
+        own = isinstance(there, Region) and self._regions.get(there.name) is there
+        if not remote_known and not own:
+            raise DescriptorError(
+                f"remote must be descriptors of a region of agent {self.name!r} or of a peer that it has connected to, "
+                f"not of {there!r}"
+            )
+        assert isinstance(there, (Region, RemoteRegion))
         need: Literal["r", "w"] = "w" if op == "put" else "r"
         if isinstance(there, RemoteRegion) and need not in there.access:
             raise AccessError(f"{op} needs access {need!r}; {there!r} grants {there.access!r}")
@@ -768,7 +782,8 @@ class Agent:
             endpoint: Endpoint | None = None
             if isinstance(there, RemoteRegion):
                 remote, endpoint = there.attachments.get(name), there.peer.endpoints.get(name)
-                missing = there.peer.refusals.get(name, "does not know the peer's region")
+                refusals = there.refusals | there.peer.refusals
+                missing = refusals.get(name, "does not know the peer's region")
             else:
                 remote, missing = there.registrations.get(name), "did not register the other region"
             if local is None:
@@ -812,6 +827,12 @@ class Agent:
             "backends": list(self._backends),
             "threads": engine.threads(),
         }
+
+
+async def _events(queue: asyncio.Queue[PeerEvent | None]) -> AsyncIterator[PeerEvent]:
+    # The queue is subscribed as long as this lives.
+    while (event := await queue.get()) is not None:
+        yield event
 
 
 def _backings(memory: Memory, writable: bool) -> Backings:  # noqa: FBT001 - called through run_in_executor

@@ -53,7 +53,7 @@ class Inbox:
         self._kept: deque[Notification] = deque()
         self._kept_bytes = 0
         self._waits: dict[bytes, deque[_Wait]] = {}
-        self._readers: deque[asyncio.Future[Notification]] = deque()
+        self._readers: deque[asyncio.Future[Notification | None]] = deque()
         self._announced: dict[tuple[str, bytes], int] = {}
         self._senders: dict[str, int] = {}
         self._gone: dict[str, str] = {}
@@ -80,17 +80,21 @@ class Inbox:
         """Hand a notification to whoever waits for it, or keep it."""
         self._unannounce(peer, tag)
         note = Notification(peer, tag)
-        wait = self._take_wait(peer, tag)
+        if not self._hand_over(note):
+            self._kept.append(note)
+            self._kept_bytes += len(tag) + 64
+
+    def _hand_over(self, note: Notification) -> bool:
+        wait = self._take_wait(note.peer, note.tag)
         if wait is not None:
             wait.future.set_result(note)
-            return
+            return True
         while self._readers:
             reader = self._readers.popleft()
             if not reader.done():
                 reader.set_result(note)
-                return
-        self._kept.append(note)
-        self._kept_bytes += len(tag) + 64
+                return True
+        return False
 
     def failed(self, peer: str, tag: bytes) -> None:
         """Tell who waits for a tag, or will, that the transfer behind it has failed."""
@@ -139,7 +143,7 @@ class Inbox:
                 wait.future.set_exception(ClosedError(why))
         for reader in self._readers:
             if not reader.done():
-                reader.cancel()
+                reader.set_result(None)
 
     # -- what users do
 
@@ -161,9 +165,12 @@ class Inbox:
         wait = _Wait(asyncio.get_running_loop().create_future(), peer)
         waits = self._waits.setdefault(tag, deque())
         waits.append(wait)
+        taken = False
         try:
             async with asyncio.timeout(timeout):
-                return await wait.future
+                arrived = await wait.future
+                taken = True
+            return arrived
         except TimeoutError as error:
             if isinstance(error, TransferError):
                 raise
@@ -172,9 +179,10 @@ class Inbox:
         finally:
             if wait in waits:
                 waits.remove(wait)
-            if not waits:
-                self._waits.pop(tag, None)
-            self._return_unread(wait.future)
+            if not waits and self._waits.get(tag) is waits:
+                del self._waits[tag]
+            if not taken:
+                self._return_unread(wait.future)
 
     async def read(self) -> AsyncIterator[Notification]:
         """Yield what arrives and nobody expects, until the inbox is closed."""
@@ -184,17 +192,19 @@ class Inbox:
                 self._let_go(note)
                 yield note
                 continue
-            reader: asyncio.Future[Notification] = asyncio.get_running_loop().create_future()
+            reader: asyncio.Future[Notification | None] = asyncio.get_running_loop().create_future()
             self._readers.append(reader)
             try:
-                yield await reader
+                read = await reader
             except asyncio.CancelledError:
-                if self._closed is None:
-                    self._return_unread(reader)
-                    raise
+                self._return_unread(reader)
+                raise
             finally:
                 if reader in self._readers:
                     self._readers.remove(reader)
+            if read is None:
+                return
+            yield read
 
     # -- inside
 
@@ -217,11 +227,10 @@ class Inbox:
         if was_full and not self.full:
             self._on_room()
 
-    def _return_unread(self, future: asyncio.Future[Notification]) -> None:
-        """Keep a notification whose reader was cancelled in the very turn in which it came."""
+    def _return_unread(self, future: asyncio.Future[Notification] | asyncio.Future[Notification | None]) -> None:
+        """Give to the next a notification whose reader was cancelled, or out of time, in the turn in which it came."""
         if future.done() and not future.cancelled() and future.exception() is None:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                note = future.result()
+            note = future.result()
+            if note is not None and not self._hand_over(note):
                 self._kept.appendleft(note)
                 self._kept_bytes += len(note.tag) + 64

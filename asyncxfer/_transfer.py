@@ -8,6 +8,7 @@ thread and without an event loop. How bytes move is the backend's business, whic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -132,15 +133,17 @@ class Flights:
         """Every transfer in flight."""
         return list(self._flying)
 
-    async def settle(self, transfers: Sequence[Transfer], *, within: float | None) -> None:
-        """Wait until transfers have ended; those that have not after `within` seconds are stopped first."""
+    async def settle(
+        self, transfers: Sequence[Transfer], *, within: float | None, status: int = _native.STATUS_CANCELLED
+    ) -> None:
+        """Wait until transfers have ended; those that have not after `within` seconds are stopped, for `status`."""
         waiting = [asyncio.ensure_future(t.ended()) for t in transfers]
         if not waiting:
             return
         _, late = await asyncio.wait(waiting, timeout=within)
         if late:
             for transfer in transfers:
-                transfer.cancel()
+                transfer.stop(status)
             await asyncio.wait(late)
 
 
@@ -195,6 +198,11 @@ class Plan:
         """Where in the stream each row of the local list ends: (descriptors,) uint64, bytes."""
         return _rows.row_ends(self.local.runs)
 
+    @property
+    def _small(self) -> bool:
+        """Whether it ends within the call that posts it."""
+        return getattr(self._prepared, "small", False)
+
     def chunk_ends(self) -> npt.NDArray[np.uint64]:
         """Where in the stream each chunk of which progress is known ends: (chunks,) uint64, bytes."""
         ends: Callable[[], npt.NDArray[np.uint64]] | None = getattr(self._prepared, "ends", None)
@@ -240,6 +248,8 @@ class Plan:
                 raise DescriptorError("notify= needs a peer; both sides of this transfer belong to this agent")
         transfer = Transfer(self, flights, notify, timeout)
         flights.add(transfer)
+        if notify is not None and not self._small:
+            transfer.announce()  # before the data can be there: the two must not overtake each other
         try:
             self._backend.submit(self._prepared, transfer, priority)
         except BaseException:
@@ -247,8 +257,6 @@ class Plan:
             raise
         if transfer.inlined:
             transfer._account()
-        elif notify is not None:
-            transfer.announce()
         return transfer
 
     def select(self, local_rows: npt.ArrayLike, remote_rows: npt.ArrayLike) -> Plan:
@@ -340,13 +348,14 @@ class Transfer(Completion):
     ended, and if it then fails and nobody has asked, the loop's exception handler is told.
     """
 
-    __slots__ = ("_asked", "_ended", "_flights", "_waiters", "plan")
+    __slots__ = ("_asked", "_ended", "_flights", "_timer", "_waiters", "plan")
 
     def __init__(self, plan: Plan | Notice, flights: Flights, notify: bytes | None, timeout: float | None) -> None:
         super().__init__(flights.queue, plan.nbytes, plan.op == "put", plan.link, notify, timeout)
         self.plan = plan
         self._flights = flights
-        self._waiters: list[asyncio.Future[None]] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._asked = False
         self._ended = False
 
@@ -425,25 +434,35 @@ class Transfer(Completion):
     def _waiter(self) -> asyncio.Future[None]:
         """A future of the running loop that ends with the next news of this transfer."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._waiters is None:
-            self._waiters = []
         self._waiters.append(waiter)
         if self._ended:
-            self._wake()
+            _resolve(waiter)
         return waiter
 
     def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, None
-        here = self._flights.loop
-        for waiter in waiters or ():
+        here, waiters = self._flights.loop, self._waiters
+        while waiters:  # one by one: another loop's thread may be adding to the same list
+            waiter = waiters.pop()
             loop = waiter.get_loop()
             if loop is here:
                 _resolve(waiter)
             else:
                 loop.call_soon_threadsafe(_resolve, waiter)
 
+    def post(self, stopper: Callable[[], object] | None = None) -> None:
+        """Say that it is in flight by a backend that does not watch time limits: from now on the agent's loop does."""
+        super().post(stopper)
+        if self.remaining is not None:
+            self._flights.loop.call_soon_threadsafe(self._watch_time)
+
+    def _watch_time(self) -> None:
+        if self.remaining is not None and not self._ended:
+            self._timer = self._flights.loop.call_later(self.remaining, self.stop, _native.STATUS_TIMED_OUT)
+
     def _settled(self) -> None:
         self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._account()
         self._wake()
 
@@ -488,10 +507,20 @@ class Transfer(Completion):
                 if ended:
                     break
                 if not self.done() and not progress.has_news():
-                    await self._waiter()
+                    await self._news()
         finally:
             self.watch(False)
         self.result()
+
+    async def _news(self) -> None:
+        """Wait for the next chunk, or the end; cancelled, end the transfer first, as awaiting it does."""
+        try:
+            await self._waiter()
+        except asyncio.CancelledError:
+            self.cancel()
+            with contextlib.suppress(TransferError, asyncio.CancelledError):
+                await self
+            raise
 
 
 def _resolve(waiter: asyncio.Future[None]) -> None:

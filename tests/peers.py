@@ -322,7 +322,9 @@ class Server:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
-        self.spawn_raw("asyncio")[0].close()  # answers once everything has been imported
+        first, _, pidfd = self.spawn_raw("asyncio")  # answers once everything has been imported
+        first.close()
+        os.close(pidfd)
 
     def spawn_raw(self, loop_name: str) -> tuple[socket.socket, int, int]:
         """Fork a process: a socket to it, its pid and a pidfd."""
