@@ -32,7 +32,7 @@ def extension(source: Path) -> Extension:
         include_dirs=[FAST.as_posix()],
         depends=sorted(path.as_posix() for pattern in ("*.h", "*.pxd") for path in FAST.glob(pattern)),
         define_macros=macros,
-        extra_compile_args=["-std=gnu11", *optimise, "-fvisibility=hidden", "-pthread", "-Wall"],
+        extra_compile_args=["-std=gnu11", *optimise, "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-sign-compare"],
         extra_link_args=["-pthread"],
     )
 

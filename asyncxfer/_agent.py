@@ -14,11 +14,10 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +50,9 @@ from ._sharing import Allocation, Backings, Place, allocate, backings_of
 from ._transfer import Flights, Notice, Plan, Transfer, match
 from .abc import Backend, Endpoint, Offer, Op, PeerInfo, Reach, Registration, RemoteRegistration, Request, Segment
 from .directory import Directory, forget_agents, open_directory
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["Agent"]
 
@@ -227,6 +229,8 @@ class Agent:
 
     async def _in_thread(self, call: Any, *args: object) -> Any:
         """Run what would hold up the loop in a thread of the agent's own."""
+        from concurrent.futures import ThreadPoolExecutor
+
         if self._executor is None:
             self._executor = ThreadPoolExecutor(4, thread_name_prefix="axf-aux")
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)

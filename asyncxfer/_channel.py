@@ -132,6 +132,8 @@ class Channel:
             n, ancillary, flags, _ = self.sock.recvmsg_into([self._buffer], room, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return False
+        except ConnectionResetError:
+            return True  # it ended with frames of ours unread; what it had sent before is still to be had
         except OSError as error:
             self._end(f"the connection broke: {error.strerror}")
             return False

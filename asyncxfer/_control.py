@@ -138,9 +138,11 @@ class Incoming:
         self._acceptor.forget(self, self._leaving or why, on_purpose=self._leaving is not None)
 
     def close(self) -> None:
-        """End the connection without a word to the agent."""
+        """Say goodbye, and end the connection without a word to the agent."""
         self._patience.cancel()
         self.gone = True
+        if self.joined:
+            self.channel.send(encode_frame(Bye("it was closed")))
         self.channel.release()
         self.page.close_fd()
 

@@ -6,22 +6,27 @@ A backend that does not load is set aside with the reason; only one that was ask
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, TypeAlias
 
 from ._config import Config
 from ._errors import BackendError
 from .abc import Backend
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["GROUP", "BackendSpec", "available", "load"]
 
 GROUP = "asyncxfer.backends"
 _SHIPPED = {"local": "asyncxfer.backends.local:LocalBackend", "shm": "asyncxfer.backends.shm:ShmBackend"}
 
-BackendSpec = str | type[Backend] | Backend
+BackendSpec: TypeAlias = str | type[Backend] | Backend
 
 
 def available() -> dict[str, EntryPoint]:
     """Every backend that is installed, by name; those shipped are there also without installed metadata."""
+    from importlib.metadata import EntryPoint, entry_points  # 20 ms, and needed only by who starts an agent
+
     found = {name: EntryPoint(name, value, GROUP) for name, value in _SHIPPED.items()}
     for point in entry_points(group=GROUP):
         found[point.name] = point

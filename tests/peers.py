@@ -361,6 +361,7 @@ class Process(_Link):
         self._server = server
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._count = 0
+        self._killed = False
 
     def post(self, command: str, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """Give a command; its outcome. Ends with ConnectionError when the process dies."""
@@ -408,6 +409,7 @@ class Process(_Link):
 
     def kill(self) -> None:
         """Kill -9; returns at once."""
+        self._killed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -427,14 +429,16 @@ class Process(_Link):
     async def end(self) -> list[str]:
         """Close its agent, if it lives, and let it exit; what it left behind."""
         left: list[str] = []
-        if not self.over.done():
+        if not self._killed:
             await self.call("aclose")
             left = await self.call("left")
         await self.release()
         return left
 
     async def release(self) -> None:
-        """Kill it, if it lives, and let go of it."""
+        """Kill it, if it lives, and let go of it; again does nothing."""
+        if self._pidfd < 0:
+            return
         if not self.over.done():
             self.close()
         self.kill()
@@ -443,6 +447,7 @@ class Process(_Link):
         await dead
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._pidfd = -1
 
 
 if __name__ == "__main__":

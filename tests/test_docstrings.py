@@ -23,6 +23,15 @@ import asyncxfer.abc
 SETTINGS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["numpydoc_validation"]
 LEFT_OUT = frozenset(SETTINGS["checks"]) - {"all"}
 MODULES = ("asyncxfer", "asyncxfer.abc")
+# What the agent's own parts call on one another: no underscore, and no part of the public API either.
+INTERNAL = {
+    "asyncxfer.Agent.on_joined",
+    "asyncxfer.Agent.on_left",
+    "asyncxfer.Agent.on_note",
+    "asyncxfer.Peer.check_joined",
+    "asyncxfer.Region.check_open",
+    "asyncxfer.RemoteRegion.check_open",
+}
 
 
 def public_names() -> Iterator[str]:
@@ -55,8 +64,11 @@ def validated(name: str) -> list[tuple[str, str]]:
     value = resolve(name)
     named = [p for p in signature_of(value) if p not in ("self", "cls")]
     # A dataclass lists Attributes, and one or two parameters are told in the summary.
-    brief = inspect.isclass(value) or (len(named) <= 2 and "Parameters\n" not in inspect.getdoc(value))
-    return [(code, text) for code, text in found["errors"] if code not in LEFT_OUT and not (brief and code == "PR01")]
+    text = inspect.getdoc(value) or ""
+    brief = inspect.isclass(value) or (len(named) <= 2 and "Parameters\n" not in text)
+    # "As in `put`" sends the reader to where the parameters are told.
+    tolerated = {"PR01", "PR04"} if re.search(r"\b[Aa]s in `", text) else {"PR01"} if brief else set()
+    return [(code, message) for code, message in found["errors"] if code not in LEFT_OUT | tolerated]
 
 
 def resolve(name: str) -> Any:
@@ -76,12 +88,12 @@ def raised_here(function: object) -> set[str]:
     return {name for name in names if name in asyncxfer.__all__}
 
 
-@pytest.mark.parametrize("name", sorted(public_names()))
+@pytest.mark.parametrize("name", sorted(set(public_names()) - INTERNAL))
 def test_the_docstring_is_complete(name: str) -> None:
     assert [f"{code}: {text}" for code, text in validated(name)] == []
 
 
-@pytest.mark.parametrize("name", sorted(public_names()))
+@pytest.mark.parametrize("name", sorted(set(public_names()) - INTERNAL))
 def test_what_is_raised_is_documented(name: str) -> None:
     value = resolve(name)
     function = value.fget if isinstance(value, property) else value

@@ -60,3 +60,13 @@ def test_the_pages_name_what_exists() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
         named = set(re.findall(r"(?:`|\$ )make ([a-z]+)", page.read_text()))
         assert named <= targets, f"{page.name} names make targets that do not exist: {sorted(named - targets)}"
+
+
+@pytest.mark.parametrize("command", ["doctor", "bench"])
+def test_the_options_that_the_pages_name_exist(command: str) -> None:
+    page = (ROOT / "docs/cli.md").read_text().partition(f"## asyncxfer {command}\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`[^`\n]*?(--[a-z-]+)", page)) - {"--help"}
+    arguments = [sys.executable, "-m", "asyncxfer", command, "--help"]
+    known = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert named
+    assert {option for option in named if option not in known} == set()

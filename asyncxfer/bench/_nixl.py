@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -61,7 +60,7 @@ class NixlSide(Side):
         self._peer = ""
         self._peer_start = 0
         self._prepared: list[Any] = []
-        self._progress: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
 
     async def open(self, nbytes: int, memories: Sequence[Memory]) -> str:
         self._array = np.zeros(nbytes, dtype=np.uint8)
@@ -69,8 +68,8 @@ class NixlSide(Side):
         row = (self._array.ctypes.data, nbytes, 0, "")
         self._registration = self._agent.register_memory([row], "DRAM")
         if not self._progress_thread:
-            # Without its thread an agent answers a connection request only while it is polled.
-            self._progress = asyncio.create_task(self._poll())
+            # Without its thread an agent answers connection requests and keepalives only while it is polled.
+            self._polling = asyncio.create_task(self._poll())
         metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
         return json.dumps({"metadata": metadata, "start": self._array.ctypes.data})
 
@@ -78,13 +77,6 @@ class NixlSide(Side):
         while True:
             self._agent.get_new_notifs()
             await asyncio.sleep(0.001)
-
-    async def _end_polling(self) -> None:
-        if self._progress is not None:
-            self._progress.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._progress
-            self._progress = None
 
     async def connect(self, address: str) -> None:
         message = json.loads(address)
@@ -101,11 +93,6 @@ class NixlSide(Side):
         request = self._agent.make_prepped_xfer(_OPERATIONS[case.op], local, every, remote, every)
         self._prepared = [request, local, remote]
 
-    async def answer(self, message: Message) -> Message:
-        if message["do"] in {"fill", "blank"}:
-            await self._end_polling()  # connected and warm: from here on a target does nothing
-        return await super().answer(message)
-
     async def run(self, repeats: int) -> Message:
         post, check, request = self._agent.transfer, self._agent.check_xfer_state, self._prepared[0]
         cpu, start = time.process_time(), time.perf_counter()
@@ -119,7 +106,6 @@ class NixlSide(Side):
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": "UCX"}
 
     async def release(self) -> None:
-        await self._end_polling()
         if self._prepared:
             request, *lists = self._prepared
             self._prepared = []
@@ -128,6 +114,8 @@ class NixlSide(Side):
                 self._agent.release_dlist_handle(prepared)
 
     async def close(self) -> None:
+        if self._polling is not None:
+            self._polling.cancel()
         await self.release()
         if self._peer:
             self._agent.remove_remote_agent(self._peer)

@@ -2,7 +2,7 @@
 
 A `Worker` is one process behind two pipes; a `Pair` is an initiator and a target that have met, and
 knows the order in which a case is opened, warmed, filled, run and checked. While another system
-runs, a pair is either asleep on its pipes by itself or, where its threads would spin, stopped. It
+runs, a pair is either asleep on its pipes by itself or, where it would poll, stopped. It
 knows nothing of what a system is.
 """
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ._worker import MAX_LINE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from ._shapes import Case, Memory
     from ._side import Message, Role
@@ -135,14 +135,14 @@ class Pair:
     Parameters
     ----------
     initiator, target : Worker
-    spins : bool
-        Whether its processes use the processors when they have nothing to do.
+    polls : bool
+        Whether its processes use the processors when they have nothing to do, so that they have to be stopped.
     """
 
-    def __init__(self, initiator: Worker, target: Worker, *, spins: bool) -> None:
+    def __init__(self, initiator: Worker, target: Worker, *, polls: bool) -> None:
         self.initiator = initiator
         self.target = target
-        self._spins = spins
+        self._stopped_at_rest = (initiator, target) if polls else ()
 
     @classmethod
     @asynccontextmanager
@@ -159,8 +159,7 @@ class Pair:
             opening = [worker.ask("open", nbytes=nbytes, memories=memories) for worker in workers]
             _, opened = await asyncio.gather(*opening)
             await initiator.ask("connect", address=opened["address"])
-            spins = system == "nixl" and bool(options["nixl_progress_thread"])
-            pair = cls(initiator, target, spins=spins)
+            pair = cls(initiator, target, polls=system == "nixl")
             pair.rest()
             yield pair
         finally:
@@ -168,16 +167,13 @@ class Pair:
 
     def rest(self) -> None:
         """Use no processor until `wake`."""
-        for worker in self._spinning():
+        for worker in self._stopped_at_rest:
             worker.stop()
 
     def wake(self) -> None:
         """Be ready for a command."""
-        for worker in self._spinning():
+        for worker in self._stopped_at_rest:
             worker.go_on()
-
-    def _spinning(self) -> Iterable[Worker]:
-        return (self.initiator, self.target) if self._spins else ()
 
     async def begin(self, case: Case, *, warmup: int) -> None:
         """Prepare `case`, run it `warmup` times, then fill its source and blank its destination."""

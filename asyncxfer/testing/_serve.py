@@ -1,0 +1,61 @@
+"""The second process of a contract test: an agent that does what comes in over a pipe, one thing after the other.
+
+Started by `PeerProcess` as ``python -m asyncxfer.testing._serve NAME CONFIG BACKENDS``, the latter two as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import sys
+from typing import IO, Any
+
+from asyncxfer import Agent
+from asyncxfer.testing._target import AgentTarget
+from asyncxfer.testing._wire import receive, send
+
+
+async def serve(agent: Agent, commands: IO[bytes], answers: IO[bytes]) -> None:
+    """Do what comes in, until the pipe is closed."""
+    target = AgentTarget(agent)
+    send(answers, {}, target.metadata())
+    while True:
+        try:
+            head, body = await asyncio.to_thread(receive, commands)
+        except EOFError:
+            return
+        reply, data = await _answer(target, head, body)
+        await asyncio.to_thread(send, answers, reply, data)
+
+
+async def _answer(target: AgentTarget, head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    arguments: list[Any] = [*head["args"], body] if head["body"] == "last" else [*head["args"]]
+    if head["body"] == "first":
+        arguments.insert(0, body)
+    try:
+        result = await getattr(target, head["call"])(*arguments, **head["named"])
+    except Exception as error:  # noqa: BLE001 - it is the test that finds out what went wrong
+        return {"error": type(error).__name__, "text": str(error)}, b""
+    return ({}, result) if isinstance(result, bytes) else ({"result": result}, b"")
+
+
+def backend(spec: str) -> Any:
+    """A backend by name, or the class that ``module:Class`` names."""
+    module, _, name = spec.partition(":")
+    return getattr(importlib.import_module(module), name) if name else spec
+
+
+async def main(name: str, config: str, backends: str) -> None:
+    """Run the agent."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints goes where a person sees it
+    specs: list[str] | None = json.loads(backends)
+    wanted = None if specs is None else [backend(spec) for spec in specs]
+    async with Agent(name, config=json.loads(config), backends=wanted) as agent:
+        await serve(agent, os.fdopen(os.dup(0), "rb"), answers)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
