@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "bench":
         return _cli.main(options)
-    from . import _doctor
+    from ._doctor import main as run_doctor
 
-    return _doctor.main(options)
+    return run_doctor(options)
 
 
 if __name__ == "__main__":

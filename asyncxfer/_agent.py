@@ -7,6 +7,8 @@ end. What each of them does is in the module of its name.
 from __future__ import annotations
 
 import asyncio
+import math
+import operator
 import os
 import time
 import uuid
@@ -303,19 +305,18 @@ class Agent:
         RegistrationError
             By the await: there is not that much memory, or no such kind here.
         """
-        return Opening(lambda: self._allocate(shape, np.dtype(dtype), kind, name, access, huge_pages=huge_pages))
+        return Opening(lambda: self._allocate(shape, dtype, kind, name, access, huge_pages=huge_pages))
 
     async def _allocate(
-        self, shape: int | Sequence[int], dtype: np.dtype[Any], kind: str, name: str | None, access: Access, *,
+        self, shape: int | Sequence[int], dtype: npt.DTypeLike, kind: str, name: str | None, access: Access, *,
         huge_pages: bool,
     ) -> Region:  # fmt: skip
         self._check_open()
         if kind != "dram":
             raise RegistrationError(f"kind {kind!r} cannot be allocated: no backend for it is loaded; expected 'dram'")
-        dims = (shape,) if isinstance(shape, int) else tuple(shape)
-        nbytes = int(np.prod(dims, dtype=np.int64)) * dtype.itemsize
-        allocation = allocate(nbytes, huge_pages=huge_pages)
-        array = np.frombuffer(allocation.buffer, dtype).reshape(dims)
+        dims, element = _dimensions(shape, dtype)
+        allocation = allocate(math.prod(dims) * element.itemsize, huge_pages=huge_pages)
+        array = np.frombuffer(allocation.buffer, element).reshape(dims)
         return await self._register(array, name, access, allocation)
 
     async def _register(
@@ -831,6 +832,20 @@ class Agent:
             "backends": list(self._backends),
             "threads": engine.threads(),
         }
+
+
+def _dimensions(shape: int | Sequence[int], dtype: npt.DTypeLike) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The dimensions and element type of an array to be allocated."""
+    try:
+        dims = tuple(operator.index(size) for size in (shape if isinstance(shape, Iterable) else (shape,)))
+        element = np.dtype(dtype)
+    except TypeError as error:
+        raise RegistrationError(f"shape {shape!r} of {dtype!r} cannot be allocated: {error}") from error
+    if any(size < 0 for size in dims) or element.hasobject or not element.itemsize:
+        raise RegistrationError(
+            f"shape {dims} of {element} cannot be allocated; expected sizes of 0 or more and elements that are plain bytes"
+        )
+    return dims, element
 
 
 async def _events(queue: asyncio.Queue[PeerEvent | None]) -> AsyncIterator[PeerEvent]:

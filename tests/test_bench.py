@@ -95,7 +95,8 @@ def test_stall_mode() -> None:
 
 def test_in_flight_mode() -> None:
     results = results_of(bench("--in-flight", "300", "--json"))
-    assert len(results) == 2 * 2 * 2
+    assert len(results) == 2 * 2 * 2 * 2
+    assert {result["prepared"] for result in results} == {False, True}
     assert all(result["verified"] for result in results)
     assert all(result["transfers"] == 300 for result in results)
 
@@ -248,7 +249,7 @@ def test_other_tables(capsys: pytest.CaptureFixture[str]) -> None:
         {"in_flight": 7, "seconds": 0.1, "memory": {"before": 0, "during": 9 << 20, "after": after << 20}}
         for after in (2, 3)
     ]
-    flood = _loop.Flood(case, 300, Shape(1, 4096), passes, "")
+    flood = _loop.Flood(case, 300, False, passes, "")
     assert flood.kept_bytes == 1 << 20
     _report.show(_report.flood_table([flood]))
     out = capsys.readouterr().out

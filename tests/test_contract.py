@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 
+import pytest
 from thread_backend import ThreadBackend
 
 from asyncxfer.abc import Backend
@@ -17,27 +19,36 @@ class TestLocal(BackendContract):
     route = "local"
 
 
-class TestShmMapped(BackendContract):
-    """Two processes, the peer's memory mapped."""
+class BetweenProcesses(BackendContract):
+    """One second process for all tests, and in it a new agent for each."""
+
+    process: PeerProcess
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def _second_process(cls) -> Iterator[None]:
+        with asyncio.Runner() as runner:
+            cls.process = runner.run(PeerProcess().__aenter__())
+            yield
+            runner.run(cls.process.__aexit__(None, None, None))
+
+    @contextlib.asynccontextmanager
+    async def target(self) -> AsyncIterator[Target]:
+        await self.process.renew()
+        yield self.process
+
+
+class TestShmMapped(BetweenProcesses):
+    """The peer's memory mapped."""
 
     route = "shm:mapped"
     shared = True
 
-    @contextlib.asynccontextmanager
-    async def target(self) -> AsyncIterator[Target]:
-        async with PeerProcess() as process:
-            yield process
 
-
-class TestShmAttach(BackendContract):
-    """Two processes, ordinary memory."""
+class TestShmAttach(BetweenProcesses):
+    """Ordinary memory."""
 
     route = "shm:attach"
-
-    @contextlib.asynccontextmanager
-    async def target(self) -> AsyncIterator[Target]:
-        async with PeerProcess() as process:
-            yield process
 
 
 class TestThirdParty(BackendContract):

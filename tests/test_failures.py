@@ -1,169 +1,36 @@
-"""What goes wrong between two processes, and how it ends: in time, in success or the right error, with nothing left.
+"""The other process is killed or stopped, before, during and after a transfer, at either end of it.
 
-Killed and stopped peers, regions and files that go away under a transfer, forks, threads, early ends. The second
-process is real; `peers.py` starts and drives it. Every wait for an outcome has two seconds, as users are promised.
+It ends in time, in success where the data can still move and in the right error where not, with nothing left behind.
+The other process is real; `peers.py` starts and drives it. Every outcome has two seconds, as users are promised.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
-import os
-import subprocess
-import sys
-import threading
-import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-import peers
 import pytest
-import uvloop
-from conftest import LOOPS
-from peers import Bytes, Kind, Process, Server, make_region, moving, pattern
-
-from asyncxfer import (
-    Agent,
-    ClosedError,
-    DescriptorError,
-    Done,
-    Peer,
-    PeerLostError,
-    PeerState,
-    Region,
-    RegistrationError,
-    TransferError,
-    TransferTimeout,
+from peers import Kind, moving, pattern
+from stage import (  # noqa: F401 - the fixtures are used by their names
+    LONG,
+    ROWS,
+    SHAPE,
+    Cast,
+    Op,
+    Pair,
+    begin,
+    both_kinds,
+    both_ops,
+    cast_fixture,
+    from_far,
+    server_fixture,
+    to_far,
+    until_lost,
+    within,
 )
 
-Op = Literal["put", "get"]
-
-SHAPE = (16, 1 << 20)
-ROWS = list(range(16))
-LONG = ROWS * 128  # 2 GiB through 16 MiB of memory: long enough to act in the middle of it
-
-both_ops = pytest.mark.parametrize("op", ["put", "get"])
-both_kinds = pytest.mark.parametrize("kind", ["mapped", "ordinary"])
-
-
-def within() -> asyncio.Timeout:
-    return asyncio.timeout(2)
-
-
-# ---- the cast -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
-class Cast:
-    """Who plays in a test: an agent of this process, and other processes.
-
-    Attributes
-    ----------
-    here : Agent
-    """
-
-    def __init__(self, server: Server, here: Agent) -> None:
-        self.here = here
-        self._server = server
-        self._spawned: list[Process] = []
-
-    def spawn(self) -> Process:
-        """Start another process, on the same kind of loop."""
-        name = "uvloop" if isinstance(asyncio.get_running_loop(), uvloop.Loop) else "asyncio"
-        self._spawned.append(Process(self._server, name))
-        return self._spawned[-1]
-
-    async def leave(self) -> None:
-        """Close agents everywhere; processes that still live must leave nothing behind."""
-        spawned, self._spawned = self._spawned, []
-        try:
-            async with within():
-                await self.here.aclose()
-            assert [await process.end() for process in spawned] == [[] for _ in spawned]
-        finally:
-            for process in spawned:
-                await process.release()
-            del self.here  # pytest holds on to this object for longer than the leak check waits
-
-
-@pytest.fixture
-async def cast(server: Server) -> AsyncIterator[Cast]:
-    cast = Cast(server, await Agent("here").start())
-    yield cast
-    await cast.leave()
-
-
-class Pair:
-    """This process's agent and region, another's, and the connection from here to there."""
-
-    def __init__(self, agent: Agent, other: Process, peer: Peer, region: Region, array: Bytes) -> None:
-        self.agent = agent
-        self.other = other
-        self.peer = peer
-        self.region = region
-        self.array = array
-
-    def post(self, op: Op, rows: list[int] = LONG, **options: Any) -> Any:
-        """Move rows of "near" to or from the same rows of "far"."""
-        call = self.agent.put if op == "put" else self.agent.get
-        return call(self.region[rows], self.peer["far"][rows], **options)
-
-    def far(self) -> Bytes:
-        """The peer's mapped memory, as this process sees it, also when the peer has died."""
-        (mapping,) = self.peer["far"].attachments["shm"].mappings  # type: ignore[attr-defined]
-        return np.frombuffer(mapping.buffer, np.uint8).reshape(SHAPE)
-
-    async def expect(self, op: Op) -> None:
-        """The bytes are where a successful transfer brings them."""
-        if op == "get":
-            assert (self.array == pattern(2, SHAPE)).all()
-        else:
-            assert await self.other.call("matches", "far", 1)
-
-
-async def to_far(cast: Cast, kind: Kind, *, path: str | None = None, config: dict[str, Any] | None = None) -> Pair:
-    """Bring up another process with a region "far" of some kind, and connect to it."""
-    agent, other = cast.here, cast.spawn()
-    metadata = await other.call("start", "there", config)
-    await other.call("region", "far", kind, SHAPE, seed=2, path=path)
-    peer = await agent.connect(metadata)
-    array = pattern(1, SHAPE)
-    return Pair(agent, other, peer, await agent.register(array, name="near"), array)
-
-
-async def from_far(cast: Cast, kind: Kind, *, config: dict[str, Any] | None = None) -> tuple[Process, Region, Bytes]:
-    """Make a region "near" of some kind here, and bring up another process that is connected to it."""
-    region, array = await make_region(cast.here, "near", kind, SHAPE)
-    array[:] = pattern(1, SHAPE)
-    other = cast.spawn()
-    await other.call("start", "there", config)
-    await other.call("region", "far", "ordinary", SHAPE, seed=2)
-    await other.call("connect", cast.here.metadata())
-    return other, region, array
-
-
-async def begin(other: Process, op: Op, rows: list[int] = LONG, *, key: str = "t", **options: Any) -> None:
-    """Have the other process post a transfer between its "far" and our "near"."""
-    await other.call("begin", key, op, "far", rows, "near", rows, peer="here", **options)
-
-
-async def until_lost(pair: Pair) -> None:
-    """Wait until the agent knows that its peer is gone."""
-    async with within(), contextlib.aclosing(pair.agent.events()) as events:  # type: ignore[type-var]
-        if pair.peer.state is PeerState.JOINED:
-            async for event in events:
-                if event.state is PeerState.LOST:
-                    return
-
+from asyncxfer import Done, PeerLostError, PeerState, TransferError, TransferTimeout
 
 # ---- the target is killed -----------------------------------------------------------------------------------------
 
@@ -231,15 +98,13 @@ async def test_killed_during_a_transfer(cast: Cast, kind: Kind, op: Op) -> None:
 async def test_killed_with_many_transfers_queued(cast: Cast, kind: Kind, op: Op) -> None:
     pair = await to_far(cast, kind)
     transfers = [pair.post(op, ROWS * 4) for _ in range(100)]
-    async with within():
-        await transfers[0]
+    await moving(transfers[0])  # they share the copy threads in turns, and end together
     pair.other.kill()
     async with within():
         outcomes = await asyncio.gather(*transfers, return_exceptions=True)
-    assert isinstance(outcomes[0], Done)
-    assert {type(outcome) for outcome in outcomes} <= {Done, PeerLostError}
-    if not (op == "get" and kind == "mapped"):
-        assert PeerLostError in {type(outcome) for outcome in outcomes}
+    # What was read from mapped memory is good; it stops a second after the loss all the same.
+    expected = {Done, PeerLostError} if op == "get" and kind == "mapped" else {PeerLostError}
+    assert {type(outcome) for outcome in outcomes} <= expected
     await until_lost(pair)
 
 
@@ -486,87 +351,3 @@ async def test_a_region_closes_although_its_user_was_killed_inside_it(cast: Cast
     after = array.copy()
     other.wait_dead()
     assert (array == after).all()
-
-
-# ---- the region is taken back -------------------------------------------------------------------------------------
-
-
-@both_kinds
-@both_ops
-async def test_the_peer_deregisters_under_a_transfer(cast: Cast, kind: Kind, op: Op) -> None:
-    pair = await to_far(cast, kind)
-    transfer = pair.post(op, notify=b"never")
-    remote = pair.peer["far"]
-    await moving(transfer)
-    closing = pair.other.post("close", "far")
-    async with within():
-        with pytest.raises(TransferError, match="deregistered") as caught:
-            await transfer
-        checksum = await closing
-    assert not isinstance(caught.value, PeerLostError)
-    assert 0 < caught.value.nbytes < len(LONG) * SHAPE[1]
-    assert await pair.other.call("checksum", "far") == checksum
-    with pytest.raises(TransferError, match="never"):
-        await pair.other.call("expect", b"never", timeout=2)
-    with pytest.raises(ClosedError, match="far"):
-        cast.here.put(pair.region[ROWS], remote[ROWS])
-    assert pair.peer.state is PeerState.JOINED
-
-
-@both_kinds
-@both_ops
-async def test_deregistering_waits_until_nobody_is_inside(cast: Cast, kind: Kind, op: Op) -> None:
-    other, region, array = await from_far(cast, kind)
-    await begin(other, op, wait=True)
-    async with within():
-        await region.aclose()
-    array[:] = 7  # from here on it is ours alone
-    with pytest.raises(TransferError, match="deregistered"):
-        await other.call("outcome", "t")
-    assert (array == 7).all()
-    if op == "get":
-        assert not await other.call("matches", "far", 7)
-
-
-@both_ops
-async def test_deregistering_the_local_region_waits_for_its_transfers(cast: Cast, op: Op) -> None:
-    pair = await to_far(cast, "mapped")
-    transfer = pair.post(op)
-    await moving(transfer)
-    async with within():
-        await pair.region.aclose()
-    assert transfer.done()
-    async with within():
-        await transfer
-    with pytest.raises(ClosedError, match="near"):
-        pair.post(op)
-
-
-@both_kinds
-async def test_deregistering_while_a_user_is_stopped_inside(cast: Cast, kind: Kind) -> None:
-    # One chunk for all of it: between its first and its last byte the other process is inside.
-    other, region, array = await from_far(cast, kind, config={"chunk_bytes": 1 << 30, "chunk_rows": 1 << 20})
-    alive = weakref.ref(array.base if kind == "mapped" else array)
-    for _ in range(20):
-        array[:] = 0
-        await begin(other, "put", [15, *ROWS * 32, 0])
-        while not array[15, 0]:
-            await asyncio.sleep(0)
-        other.stop()
-        async with within():
-            try:
-                await region.aclose()
-            except RegistrationError as error:
-                assert "there" in str(error)  # noqa: PT017 - it was not stopped inside every time
-                break
-        region, array = await make_region(cast.here, "near", kind, SHAPE)
-    else:
-        raise AssertionError("it was never stopped inside")
-    del array
-    gc.collect()
-    assert alive() is not None
-    other.kill()
-    async with within():
-        while alive() is not None:
-            await asyncio.sleep(0)
-            gc.collect()

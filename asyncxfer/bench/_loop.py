@@ -7,7 +7,7 @@ the memory that is not given back. Both check every byte at the end, and know on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ._pair import Pair
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FLOOD_SHAPES", "Flood", "Stall", "flood", "stall"]
 
-#: One row, which is moved at once by the caller; and more rows than that is done for.
-FLOOD_SHAPES = (Shape(1, 4 << 10), Shape(40, 64))
+#: One row, which the caller moves at once; and more than that is done for.
+FLOOD_SHAPES = (Shape(1, 4 << 10), Shape(16, 4 << 10))
+
+#: Bytes of memory that the transfers of a flood share, taking turns.
+_FLOOD_BYTES = 128 << 20
 
 _PASSES = 4
 
@@ -50,6 +53,8 @@ class Flood:
 
     Attributes
     ----------
+    prepared : bool
+        Whether each was a prepared plan; otherwise it was a call of `put` or `get` with two lists.
     passes : list of dict
         ``in_flight``: how many were not done when the last was posted; ``seconds``; ``memory``:
         private resident bytes of the initiator ``before``, ``during`` and ``after``.
@@ -57,7 +62,7 @@ class Flood:
 
     case: Case
     transfers: int
-    shape: Shape
+    prepared: bool
     passes: Sequence[Message]
     problem: str
 
@@ -103,18 +108,26 @@ async def flood(options: Options, report: Callable[[str], None], *, transfers: i
         If a process of the benchmark fails.
     """
     results = []
-    nbytes = max(shape.span for shape in options.shapes) * transfers
+    wholes = {shape: _whole(shape, transfers) for shape in options.shapes}
+    nbytes = max(whole.span for whole in wholes.values())
     async with Pair.start("asyncxfer", options.for_worker(), nbytes=nbytes, memories=options.memories) as pair:
         for case in options.cases():
-            report(f"{transfers} x {case.shape} {case.op} {case.memory}")
-            results.append(await _flood_of(case, pair, transfers))
+            for prepared in (False, True):
+                how = "prepared" if prepared else "called"
+                report(f"{transfers} x {case.shape} {case.op} {case.memory}, {how}")
+                results.append(await _flood_of(case, pair, transfers, wholes[case.shape], prepared=prepared))
     return results
 
 
-async def _flood_of(case: Case, pair: Pair, transfers: int) -> Flood:
-    shape = Shape(case.shape.count * transfers, case.shape.length)
-    whole = Case(shape, case.memory, case.op, case.seed)
-    message = whole.to_message()
-    await pair.begin(whole, warmup=1)
-    passes = [await pair.initiator.ask("flood", case=message, transfers=transfers) for _ in range(_PASSES)]
-    return Flood(whole, transfers, case.shape, passes, await pair.finish(whole))
+def _whole(shape: Shape, transfers: int) -> Shape:
+    """The rows of all transfers of `shape`, or of as many as fit; the others use the same ones again."""
+    return Shape(shape.count * max(1, min(transfers, _FLOOD_BYTES // shape.span)), shape.length)
+
+
+async def _flood_of(case: Case, pair: Pair, transfers: int, whole: Shape, *, prepared: bool) -> Flood:
+    all_rows = replace(case, shape=whole)
+    order: Message = {"case": all_rows.to_message(), "transfers": transfers, "prepared": prepared}
+    order["parts"] = whole.count // case.shape.count
+    await pair.begin(all_rows, warmup=1)
+    passes = [await pair.initiator.ask("flood", **order) for _ in range(_PASSES)]
+    return Flood(case, transfers, prepared, passes, await pair.finish(all_rows))

@@ -11,23 +11,27 @@ import asyncio
 import base64
 import gc
 import time
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncxfer import Agent, Peer, Plan, Region, Transfer
+from asyncxfer import Agent, DescriptorList, Peer, Plan, Region, Transfer
 
 from ._side import Message, Role, Side
 from ._ticker import Ticker, percentiles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ._pattern import Bytes
     from ._shapes import Case, Memory
 
 __all__ = ["OurSide"]
+
+_LET_GO = 0.1
 
 
 class OurSide(Side):
@@ -84,7 +88,7 @@ class OurSide(Side):
         if do == "stall":
             return await self._tick_while_moving(message["seconds"])
         if do == "flood":
-            return await self._flood(case, message["transfers"])
+            return await self._flood(case, message)
         return await super().answer_more(do, case, message)
 
     async def _tick_while_moving(self, seconds: float) -> Message:
@@ -101,28 +105,33 @@ class OurSide(Side):
             "seconds": elapsed,
         }
 
-    async def _flood(self, case: Case, transfers: int) -> Message:
-        """Post `transfers` copies of the case, each over its own rows, before awaiting any."""
-        (offsets, lengths), (remote_offsets, _) = (
-            case.rows(order) for order in (case.local_order(), case.remote_order())
-        )
-        here = self._regions[case.memory].descriptors(offsets, lengths)
-        there = self._connected()[case.memory].descriptors(remote_offsets, lengths)
-        rows = case.shape.count // transfers
-        parts = np.arange(case.shape.count, dtype=np.int64).reshape(transfers, rows)
-        lists = [(here.select(part), there.select(part)) for part in parts]
+    async def _flood(self, case: Case, message: Message) -> Message:
+        """Post many transfers before awaiting any; they take turns over the parts that the case falls into."""
         call = self._agent.put if case.op == "put" else self._agent.get
-        gc.collect()
-        before, start = _private_bytes(), time.perf_counter()
-        posted: list[Transfer] = [call(local, remote) for local, remote in lists]
+        lists = self._parts(case, message["parts"])
+        turns = list(islice(cycle(lists), message["transfers"]))
+        posts: list[Callable[[], Transfer]] = [partial(call, *turn) for turn in turns]
+        if message["prepared"]:
+            posts = [self._agent.prepare(case.op, *turn) for turn in turns]
+        before, start = await _private_bytes(), time.perf_counter()
+        posted = [post() for post in posts]
         in_flight = sum(not transfer.done() for transfer in posted)
-        during = _private_bytes()
         await asyncio.gather(*posted)
         seconds = time.perf_counter() - start
+        during = await _private_bytes()
         del posted
-        gc.collect()
-        memory = {"before": before, "during": during, "after": _private_bytes()}
-        return {"in_flight": in_flight, "seconds": seconds, "memory": memory}
+        return {
+            "in_flight": in_flight,
+            "seconds": seconds,
+            "memory": {"before": before, "during": during, "after": await _private_bytes()},
+        }
+
+    def _parts(self, case: Case, parts: int) -> list[tuple[DescriptorList, DescriptorList]]:
+        """The case cut into `parts` of equally many rows, as pairs of a local and a remote list."""
+        here = self._regions[case.memory].descriptors(*case.rows(case.local_order()))
+        there = self._connected()[case.memory].descriptors(*case.rows(case.remote_order()))
+        rows = np.arange(case.shape.count, dtype=np.int64).reshape(parts, -1)
+        return [(here.select(part), there.select(part)) for part in rows]
 
     def _prepared(self) -> Plan:
         if self._plan is None:
@@ -141,8 +150,14 @@ async def _tick_while_idle(seconds: float) -> Message:
     return {"lateness": percentiles(ticker.lateness), "ticks": len(ticker.lateness)}
 
 
-def _private_bytes() -> int:
-    """Resident memory of this process that no mapping shares: what a leak would add to."""
+async def _private_bytes() -> int:
+    """Resident memory of this process that no mapping shares, once the loop has had time to let go of what ended."""
+    await asyncio.sleep(_LET_GO)
+    gc.collect()
+    return _resident()
+
+
+def _resident() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10

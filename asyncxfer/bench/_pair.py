@@ -1,9 +1,8 @@
 """The two processes of one system, as the bench commands them.
 
-A `Worker` is one process behind two pipes; a `Pair` is an initiator and a target that have met, and
-knows the order in which a case is opened, warmed, filled, run and checked. While another system
-runs, a pair is either asleep on its pipes by itself or, where it would poll, stopped. It
-knows nothing of what a system is.
+A `Worker` is one process behind two pipes; a `Pair` is an initiator and a target that have met, and knows the order in
+which a case is opened, warmed, filled, run and checked. While another system runs, a pair is either asleep on its pipes
+by itself or, where it would poll, stopped.
 """
 
 from __future__ import annotations

@@ -73,19 +73,19 @@ def stall_table(stalls: Sequence[Stall]) -> Table:
 
 def flood_table(floods: Sequence[Flood]) -> Table:
     """Many transfers at once, and the memory they kept."""
-    headers = ["transfers", "shape", "op", "memory", "in flight", "us each", "peak MiB", "kept MiB"]
+    headers = ["transfers", "shape", "op", "memory", "posted by", "in flight", "us each", "peak MiB", "kept MiB"]
     headers += ["bytes"]
     rows = []
     for flood in floods:
         last = flood.passes[-1]
         peak = last["memory"]["during"] - last["memory"]["before"]
-        cells = [str(flood.transfers), str(flood.shape), flood.case.op, flood.case.memory]
+        cells = [str(flood.transfers), *_case(flood.case), "plan" if flood.prepared else flood.case.op]
         cells += [str(last["in_flight"]), f"{last['seconds'] / flood.transfers * 1e6:.2f}"]
         cells += [f"{size / (1 << 20):.1f}" for size in (peak, flood.kept_bytes)]
         rows.append([*cells, _verdict(flood.problem)])
     note = (
-        "In flight: not yet done when the last was posted. Peak: private memory while in flight,\n"
-        "over before. Kept: private memory after the last pass, over after the first."
+        "In flight: not yet done when the last was posted. Peak: private memory when all were done, over before.\n"
+        "Kept: private memory after the last pass, over after the first."
     )
     return Table(headers, rows, note)
 
@@ -119,7 +119,7 @@ def to_plain(result: Line | Stall | Flood) -> dict[str, Any]:
         plain |= {"idle": result.idle, "moving": result.moving, "transfers": result.transfers}
         plain |= {"gigabytes_per_second": result.gigabytes_per_second}
     else:
-        plain |= {"shape": str(result.shape), "transfers": result.transfers}
+        plain |= {"transfers": result.transfers, "prepared": result.prepared}
         plain |= {"passes": list(result.passes), "kept_bytes": result.kept_bytes}
     return plain | {"verified": not result.problem, "problem": result.problem}
 

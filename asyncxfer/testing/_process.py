@@ -1,7 +1,7 @@
 """A peer in a real second process, commanded over pipes.
 
 Owns the process: it ends with the ``async with``, however that is left. It does not use the event loop's child
-watching, so it serves any loop.
+watching, so it serves any loop, or several in turn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -50,7 +51,7 @@ class PeerProcess(Target):
         self._command = [*python, "-m", "asyncxfer.testing._serve", *arguments]
         self._process: subprocess.Popen[bytes] | None = None
         self._metadata = b""
-        self._turn = asyncio.Lock()
+        self._turn = threading.Lock()
 
     async def __aenter__(self) -> Self:
         """Start the process and wait for its agent.
@@ -110,8 +111,7 @@ class PeerProcess(Target):
         self, call: str, *args: object, body: bytes = b"", place: Literal["", "first", "last"] = "", **named: object
     ) -> tuple[Any, bytes]:
         head = {"call": call, "args": args, "named": named, "body": place}
-        async with self._turn:
-            reply, data = await asyncio.to_thread(self._exchange, head, body)
+        reply, data = await asyncio.to_thread(self._exchange, head, body)
         if "error" in reply:
             kind = getattr(asyncxfer, reply["error"], RuntimeError)
             raise kind(f"in the second process: {reply['text']}")
@@ -119,8 +119,13 @@ class PeerProcess(Target):
 
     def _exchange(self, head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         commands, answers = self._pipes
-        send(commands, head, body)
-        return receive(answers)
+        with self._turn:
+            send(commands, head, body)
+            return receive(answers)
+
+    async def renew(self) -> None:
+        """Replace its agent by a new one of the same name, which has no regions: cheaper than a new process."""
+        self._metadata = (await self._call("renew"))[1]
 
     # -- what tests ask of it
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import IO, Any
 
 from asyncxfer import Agent
@@ -17,17 +18,21 @@ from asyncxfer.testing._target import AgentTarget
 from asyncxfer.testing._wire import receive, send
 
 
-async def serve(agent: Agent, commands: IO[bytes], answers: IO[bytes]) -> None:
+async def serve(make: Callable[[], Agent], commands: IO[bytes], answers: IO[bytes]) -> None:
     """Do what comes in, until the pipe is closed."""
-    target = AgentTarget(agent)
-    send(answers, {}, target.metadata())
     while True:
-        try:
-            head, body = await asyncio.to_thread(receive, commands)
-        except EOFError:
-            return
-        reply, data = await _answer(target, head, body)
-        await asyncio.to_thread(send, answers, reply, data)
+        async with make() as agent:
+            target = AgentTarget(agent)
+            await asyncio.to_thread(send, answers, {}, target.metadata())
+            while True:
+                try:
+                    head, body = await asyncio.to_thread(receive, commands)
+                except EOFError:
+                    return
+                if head["call"] == "renew":
+                    break
+                reply, data = await _answer(target, head, body)
+                await asyncio.to_thread(send, answers, reply, data)
 
 
 async def _answer(target: AgentTarget, head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
@@ -53,8 +58,7 @@ async def main(name: str, config: str, backends: str) -> None:
     os.dup2(2, 1)  # whatever else prints goes where a person sees it
     specs: list[str] | None = json.loads(backends)
     wanted = None if specs is None else [backend(spec) for spec in specs]
-    async with Agent(name, config=json.loads(config), backends=wanted) as agent:
-        await serve(agent, os.fdopen(os.dup(0), "rb"), answers)
+    await serve(lambda: Agent(name, config=json.loads(config), backends=wanted), os.fdopen(os.dup(0), "rb"), answers)
 
 
 if __name__ == "__main__":
