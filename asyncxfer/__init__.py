@@ -25,8 +25,9 @@ from ._errors import (
 )
 from ._inbox import Notification
 from ._peer import Peer, PeerEvent, PeerState
+from ._plan import Plan
 from ._region import Opening, Region, RemoteRegion
-from ._transfer import Done, Plan, Transfer
+from ._transfer import Done, Transfer
 
 __version__ = "0.1.0.dev0"
 

@@ -49,7 +49,8 @@ from ._metadata import AgentMetadata, NoteKind, RegionInfo
 from ._peer import Peer, PeerEvent, PeerState
 from ._region import Opening, Region, RemoteRegion
 from ._sharing import Allocation, Backings, Place, allocate, backings_of
-from ._transfer import Flights, Notice, Plan, Transfer, match
+from ._plan import Notice, Plan, match
+from ._transfer import Flights, Transfer
 from .abc import Backend, Endpoint, Offer, Op, PeerInfo, Reach, Registration, RemoteRegistration, Request, Segment
 from .directory import Directory, forget_agents, open_directory
 

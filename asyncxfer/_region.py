@@ -7,6 +7,7 @@ bytes; what a backend keeps for it lies in `registrations` (own) or `attachments
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._descriptors import DescriptorList, Indexable, Layout, MemoryKind
-from ._errors import ClosedError, DescriptorError
+from ._errors import ClosedError, DescriptorError, RegistrationError
 from ._memory import Access, Memory, describe
 from ._metadata import RegionInfo
 
@@ -39,13 +40,11 @@ class Region(Indexable):
         What peers may do: read it (get), write it (put).
     readonly : bool
         The memory itself must not be written.
-    array : ndarray or None
-        For a region from `Agent.allocate`, the memory as an array.
     """
 
     def __init__(
         self, name: str, memory: Memory, *, id: int, slot: int, epoch: int, access: Access,
-        close: Callable[[Region], Awaitable[None]],
+        close: Callable[[Region], Awaitable[None]], array: npt.NDArray[Any] | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.memory = memory
@@ -54,7 +53,6 @@ class Region(Indexable):
         self.kind: MemoryKind = memory.kind
         self.readonly = memory.readonly
         self.access: Access = "r" if memory.readonly else access
-        self.array: npt.NDArray[Any] | None = None
         self.id = id
         self.slot = slot
         self.epoch = epoch
@@ -63,6 +61,7 @@ class Region(Indexable):
         self.allocation: Allocation | None = None
         self.closed: str | None = None
         self._close = close
+        self._array = array
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -73,6 +72,22 @@ class Region(Indexable):
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return self.layout.nbytes
+
+    @property
+    def array(self) -> npt.NDArray[Any]:
+        """The memory of a region from `Agent.allocate`, as an array.
+
+        Raises
+        ------
+        ClosedError
+            The region was closed; take a reference before, and it stays valid.
+        RegistrationError
+            The memory was registered by you; you have the object.
+        """
+        if self._array is None:
+            self.check_open()
+            raise RegistrationError(f"region {self.name!r} was made by register(); only allocate() makes an array")
+        return self._array
 
     def of(self, objects: object) -> DescriptorList:
         """Descriptors of arrays or tensors that lie in this region, in their order.
@@ -124,6 +139,12 @@ class Region(Indexable):
             A peer was stopped inside a write to it; the memory is kept alive until that peer goes on or ends.
         """
         await self._close(self)
+
+    def forget(self) -> Memory:
+        """Let go of the memory; what it was."""
+        memory, self.memory = self.memory, replace(self.memory, owner=None)
+        self._array = None
+        return memory
 
     async def __aenter__(self) -> Region:
         return self

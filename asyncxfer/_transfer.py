@@ -1,8 +1,7 @@
-"""Transfers and plans: from a route to bytes that moved, and from a completion to something that can be awaited.
+"""Transfers: from a completion to something that can be awaited, cancelled and iterated over.
 
-A plan is a transfer that was checked, matched and routed; calling it posts one transfer. A transfer ends in one of the
-ways of the table `_ENDINGS`, and never before its buffers are quiescent. Everything but the awaiting works in any
-thread and without an event loop. How bytes move is the backend's business, which backend the chooser's.
+A transfer ends in one of the ways of the table `_ENDINGS`, and never before its buffers are quiescent. Everything but
+the awaiting works in any thread and without an event loop. What it moves stands in its plan (`_plan`).
 """
 
 from __future__ import annotations
@@ -10,24 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ._chooser import Candidate
-from ._descriptors import DescriptorList
 from ._errors import ClosedError, ConfigError, DescriptorError, PeerLostError, TransferError, TransferTimeout
 from ._fast import completion as _native
-from ._fast import descriptors as _rows
 from ._fast.completion import Completion, CompletionQueue
-from .abc import Backend, Op, Request
+from ._progress import Progress
+from .abc import Op
 
 if TYPE_CHECKING:
     from ._fast.link import Link
 
-__all__ = ["Counter", "Done", "Flights", "Notice", "Plan", "Side", "Transfer", "match"]
+__all__ = ["Counter", "Done", "Flights", "Posted", "Side", "Transfer"]
 
 # A transfer that ends while it is posted never lets the loop turn; its share of the loop's time is counted with this
 # much for what Python adds to it.
@@ -60,6 +57,30 @@ class Side(Protocol):
 
     def check_open(self) -> None:
         """Raise when it can no longer be used."""
+
+
+class Posted(Protocol):
+    """What a transfer was posted from: a plan, or what stands for one where nothing moves."""
+
+    op: Op
+    nbytes: int
+    descriptors: int
+    link: Link | None
+    counter: Counter
+
+    @property
+    def backend(self) -> str:
+        """The backend that carries it."""
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The regions that it reads and writes."""
+
+    def row_ends(self) -> npt.NDArray[np.uint64]:
+        """Where in the stream each row of the local list ends: (descriptors,) uint64, bytes."""
+
+    def chunk_ends(self) -> npt.NDArray[np.uint64]:
+        """Where in the stream each chunk of which progress is known ends: (chunks,) uint64, bytes."""
 
 
 @dataclass(slots=True)
@@ -147,200 +168,6 @@ class Flights:
             await asyncio.wait(late)
 
 
-class Plan:
-    """A transfer that was checked, matched and routed once, to be made many times: ``await plan()``.
-
-    Attributes
-    ----------
-    op : "put" or "get"
-    local, remote : DescriptorList
-    nbytes : int, bytes
-    descriptors : int
-        Rows of the local list.
-    backend : str
-    """
-
-    __slots__ = (
-        "_backend", "_flights", "_local", "_prepared", "_remote", "_request", "counter", "descriptors", "link",
-        "local", "nbytes", "op", "remote", "route",
-    )  # fmt: skip
-
-    def __init__(
-        self, backend: Backend, request: Request, *, route: Candidate, local: DescriptorList, remote: DescriptorList,
-        flights: Flights, peer: str,
-    ) -> None:  # fmt: skip
-        self.op = request.op
-        self.local = local
-        self.remote = remote
-        self.nbytes = request.nbytes
-        self.descriptors = len(local)
-        self.route = route
-        self.link = request.link
-        self._local: Side = local.region
-        self._remote: Side = remote.region
-        self._backend = backend
-        self._request = request
-        self._prepared = backend.prepare(request)
-        self._flights = flights
-        self.counter = flights.counter(peer, backend.name, request.op)
-
-    @property
-    def backend(self) -> str:
-        """The backend that carries it."""
-        return self._backend.name
-
-    @property
-    def sides(self) -> tuple[Side, Side]:
-        """The two regions."""
-        return self._local, self._remote
-
-    def row_ends(self) -> npt.NDArray[np.uint64]:
-        """Where in the stream each row of the local list ends: (descriptors,) uint64, bytes."""
-        return _rows.row_ends(self.local.runs)
-
-    @property
-    def _small(self) -> bool:
-        """Whether it ends within the call that posts it."""
-        return getattr(self._prepared, "small", False)
-
-    def chunk_ends(self) -> npt.NDArray[np.uint64]:
-        """Where in the stream each chunk of which progress is known ends: (chunks,) uint64, bytes."""
-        ends: Callable[[], npt.NDArray[np.uint64]] | None = getattr(self._prepared, "ends", None)
-        return _NO_ROWS if ends is None else ends()
-
-    def __repr__(self) -> str:
-        return f"<Plan: {self}>"
-
-    def __str__(self) -> str:
-        to = "to" if self.op == "put" else "from"
-        return f"{self.op} of {self.nbytes:,} bytes {to} {self._remote.name!r} by {self.route.route}"
-
-    def __call__(self, *, notify: bytes | None = None, timeout: float | None = None, priority: int = 0) -> Transfer:
-        """Post one transfer.
-
-        Parameters
-        ----------
-        notify : bytes or None
-            Tag that the peer receives once the data is visible there.
-        timeout : float or None, seconds
-        priority : int
-            Above 0 before, below 0 after what is in flight with 0.
-
-        Returns
-        -------
-        Transfer
-
-        Raises
-        ------
-        ClosedError
-            The agent or a region has been closed.
-        PeerLostError
-            The peer is gone.
-        """
-        flights = self._flights
-        if flights.closed is not None:
-            flights.check_open()
-        self._local.check_open()
-        self._remote.check_open()
-        if notify is not None or timeout is not None:
-            flights.check_note(notify, timeout)
-            if notify is not None and self.link is None:
-                raise DescriptorError("notify= needs a peer; both sides of this transfer belong to this agent")
-        transfer = Transfer(self, flights, notify, timeout)
-        flights.add(transfer)
-        if notify is not None and not self._small:
-            transfer.announce()  # before the data can be there: the two must not overtake each other
-        try:
-            self._backend.submit(self._prepared, transfer, priority)
-        except BaseException:
-            flights.discard(transfer)
-            raise
-        if transfer.inlined:
-            transfer._account()
-        return transfer
-
-    def select(self, local_rows: npt.ArrayLike, remote_rows: npt.ArrayLike) -> Plan:
-        """Return a plan for some of the rows, by their numbers in the two lists, without routing again.
-
-        Parameters
-        ----------
-        local_rows, remote_rows : (n,), (m,) int
-            In the order in which they are to be matched; byte totals must agree.
-
-        Raises
-        ------
-        DescriptorError
-            A number is out of range, or the totals differ.
-        """
-        local, remote = self.local.select(np.asarray(local_rows)), self.remote.select(np.asarray(remote_rows))
-        pairs = match(local, remote)
-        rows = int(pairs["count"].sum())
-        request = replace(self._request, pairs=pairs, nbytes=local.nbytes, rows=rows)
-        plan = Plan.__new__(Plan)
-        for name in ("op", "route", "link", "_local", "_remote", "_backend", "_flights", "counter"):
-            setattr(plan, name, getattr(self, name))
-        plan.local, plan.remote, plan.nbytes, plan.descriptors = local, remote, local.nbytes, len(local)
-        plan._request, plan._prepared = request, self._backend.prepare(request)
-        return plan
-
-
-class Notice:
-    """What stands for a plan where nothing moves: the connection by which bare notifications go to one peer."""
-
-    op: Op = "put"
-    nbytes = 0
-    descriptors = 0
-    backend = "control"
-    sides: tuple[Side, ...] = ()
-
-    def __init__(self, flights: Flights, peer: str, link: Link) -> None:
-        self.link = link
-        self.counter = flights.counter(peer, self.backend, self.op)
-        self._flights = flights
-        self._peer = peer
-
-    def __str__(self) -> str:
-        return f"notification to {self._peer!r}"
-
-    def row_ends(self) -> npt.NDArray[np.uint64]:
-        """Nothing."""
-        return _NO_ROWS
-
-    def chunk_ends(self) -> npt.NDArray[np.uint64]:
-        """Nothing."""
-        return _NO_ROWS
-
-    def send(self, tag: bytes) -> Transfer:
-        """Post one notification."""
-        self._flights.check_open()
-        self._flights.check_note(tag, None)
-        transfer = Transfer(self, self._flights, tag, None)
-        self._flights.add(transfer)
-        transfer.end_now()
-        if transfer.inlined:
-            transfer._account()
-        return transfer
-
-
-_NO_ROWS: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
-
-
-def match(local: DescriptorList, remote: DescriptorList) -> npt.NDArray[np.void]:
-    """Match two lists row by row, merged where both sides are contiguous: (n,) PAIR.
-
-    Raises
-    ------
-    DescriptorError
-        Their byte totals differ.
-    """
-    if local.nbytes != remote.nbytes:
-        raise DescriptorError(
-            f"the local list has {local.nbytes:,} bytes in {len(local):,} rows, the remote list {remote.nbytes:,} bytes "
-            f"in {len(remote):,} rows; the totals must agree"
-        )
-    return _rows.pair(local.runs, remote.runs, merge=True)
-
-
 class Transfer(Completion):
     """One transfer: awaitable, cancellable, and an asynchronous iterator over its descriptors as they complete.
 
@@ -350,7 +177,7 @@ class Transfer(Completion):
 
     __slots__ = ("_asked", "_ended", "_flights", "_timer", "_waiters", "plan")
 
-    def __init__(self, plan: Plan | Notice, flights: Flights, notify: bytes | None, timeout: float | None) -> None:
+    def __init__(self, plan: Posted, flights: Flights, notify: bytes | None, timeout: float | None) -> None:
         super().__init__(flights.queue, plan.nbytes, plan.op == "put", plan.link, notify, timeout)
         self.plan = plan
         self._flights = flights
@@ -497,7 +324,7 @@ class Transfer(Completion):
 
     async def __aiter__(self) -> AsyncIterator[int]:
         """Yield the numbers of the local list's rows as they complete; raises at the end if the transfer failed."""
-        progress = _Progress(self)
+        progress = Progress(self)
         self.watch(True)
         try:
             while True:
@@ -526,49 +353,6 @@ class Transfer(Completion):
 def _resolve(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
-
-
-class _Progress:
-    """Which rows of the local list have completed: chunks of the stream, as they are marked, turned into rows."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self._transfer = transfer
-        self._chunk_ends = transfer.plan.chunk_ends()
-        self._row_ends = transfer.plan.row_ends()
-        self._missing = np.diff(self._row_ends, prepend=np.uint64(0))
-        self._seen = np.zeros(len(self._chunk_ends), np.bool_)
-        self._told = 0
-
-    def _marks(self) -> npt.NDArray[np.bool_]:
-        return np.frombuffer(self._transfer.marks(), np.bool_)
-
-    def has_news(self) -> bool:
-        """Whether a chunk was marked since the last `fresh`."""
-        return int(self._marks().sum()) > int(self._seen.sum())
-
-    def fresh(self) -> Sequence[int]:
-        """Rows that have completed since the last call."""
-        marks = self._marks()
-        if not len(marks):  # moved at once, or by a backend that does not say how far it is
-            done = self._transfer.done() and self._transfer.status == _native.STATUS_OK
-            rows = range(self._told, len(self._row_ends) if done else self._told)
-            self._told = rows.stop
-            return rows
-        found: list[int] = []
-        for chunk in np.flatnonzero(marks & ~self._seen):
-            begin = int(self._chunk_ends[chunk - 1]) if chunk else 0
-            found.extend(self._rows_in(begin, int(self._chunk_ends[chunk])))
-        self._seen |= marks
-        return found
-
-    def _rows_in(self, begin: int, end: int) -> Sequence[int]:
-        """Take the bytes [begin, end) of the stream off what is missing; the rows that this completes."""
-        first = int(np.searchsorted(self._row_ends, begin, side="right"))
-        last = int(np.searchsorted(self._row_ends, end, side="left")) + 1
-        ends = np.minimum(self._row_ends[first:last], np.uint64(end))
-        starts = np.maximum(np.concatenate([self._row_ends[first - 1 : first] if first else [0], ends[:-1]]), begin)
-        self._missing[first:last] -= ends - starts.astype(np.uint64)
-        return (np.flatnonzero(self._missing[first:last] == 0) + first).tolist()
 
 
 # ---- how transfers fail ------------------------------------------------------------------------------------------------

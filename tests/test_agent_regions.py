@@ -63,11 +63,8 @@ async def test_read_only_memory_registers_read_only() -> None:
 
 
 async def test_memory_stays_as_long_as_its_region_and_no_longer() -> None:
-    class Rows(np.ndarray[Any, Any]):
-        """An array that a weak reference can watch."""
-
     async with Agent("a") as agent:
-        rows = np.zeros(100).view(Rows)
+        rows = np.zeros(100)
         gone = weakref.ref(rows)
         region = await agent.register(rows)
         del rows
@@ -83,13 +80,13 @@ async def test_memory_stays_as_long_as_its_region_and_no_longer() -> None:
 async def test_allocated_memory_is_an_array_of_zeros(huge_pages: bool) -> None:
     async with Agent("a") as agent:
         async with agent.allocate((3, 1024), "float16", name="kv", huge_pages=huge_pages) as region:
-            assert region.array is not None
             assert (region.array.shape, region.array.dtype) == ((3, 1024), np.float16)
             assert not region.array.any()
             assert (region.shape, region.dtype, region.nbytes) == ((3, 1024), "float16", 6144)
             assert repr(region) == "<Region 'kv': float16 (3, 1024), dram, 'rw'>"
             kept = region.array
-        assert region.array is None
+        with pytest.raises(ClosedError, match="'kv'"):
+            region.array  # noqa: B018
         assert "closed" in repr(region)
         kept[...] = 1  # who holds the array may go on with it
         del kept
@@ -140,8 +137,8 @@ async def test_what_has_no_describable_memory_is_refused(obj: object, message: s
     ("shape", "dtype", "kind", "message"),
     [
         ((4,), "uint8", "vram", "'vram' cannot be allocated"),
-        ((1 << 55,), "uint8", "dram", r"36,028,797,018,963,968|36028797018963968"),
-        ((1 << 62, 8), "uint8", "dram", "4611686018427387904, 8"),
+        ((1 << 55,), "uint8", "dram", "36,028,797,018,963,968 bytes"),
+        ((1 << 62, 8), "uint8", "dram", "36,893,488,147,419,103,232 bytes"),
         ((-3,), "uint8", "dram", r"-3"),
         ((4,), "no-such-type", "dram", "no-such-type"),
         ((4,), object, "dram", "object"),

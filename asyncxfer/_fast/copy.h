@@ -33,6 +33,7 @@ typedef struct {
 /* ---- SIGBUS -------------------------------------------------------------------------------------------------- */
 
 static __thread sigjmp_buf *axf_guard __attribute__((tls_model("initial-exec")));
+static __thread int axf_passing __attribute__((tls_model("initial-exec")));
 static struct sigaction axf_previous;
 
 static void axf_on_sigbus(int number, siginfo_t *info, void *context) {
@@ -41,14 +42,17 @@ static void axf_on_sigbus(int number, siginfo_t *info, void *context) {
         axf_guard = 0;
         siglongjmp(*jump, 1);
     }
-    if (axf_previous.sa_flags & SA_SIGINFO)
+    /* Who was installed after us and is now called by us may pass the signal back to us (faulthandler does). */
+    int again = axf_passing++;
+    if (!again && (axf_previous.sa_flags & SA_SIGINFO))
         axf_previous.sa_sigaction(number, info, context);
-    else if (axf_previous.sa_handler != SIG_DFL && axf_previous.sa_handler != SIG_IGN)
+    else if (!again && axf_previous.sa_handler != SIG_DFL && axf_previous.sa_handler != SIG_IGN)
         axf_previous.sa_handler(number);
     else {
         signal(number, SIG_DFL);
         raise(number);
     }
+    --axf_passing;
 }
 
 /* Installs the handler unless it is there; another library may have put its own on top since the last call. */

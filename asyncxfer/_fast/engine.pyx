@@ -364,9 +364,9 @@ cdef bint post(op_t* op, int rank) noexcept:
     pthread_mutex_lock(&engine.lock)
     while engine.running < engine.wanted:
         if start_thread(&engine.threads[engine.running], worker, b"axf-copy") != 0:
-            posted = engine.running > 0
             break
         engine.running += 1
+    posted = engine.running > 0     # also 0 when the last agent was closed while another thread came here
     if posted:
         ring_append(op, rank)
     pthread_mutex_unlock(&engine.lock)
@@ -385,6 +385,8 @@ def submit(Work work not None, Completion completion not None, int priority=0) -
     cdef work_t* w = &work.w
     completion.prepared = work
     op.work = w
+    if not w.attach:
+        axf_guard_install()
     if w.small or w.nchunks == 0:
         run_inline(w, completion)
         return
@@ -392,8 +394,6 @@ def submit(Work work not None, Completion completion not None, int priority=0) -
     op.marks = <unsigned char*>calloc(w.nchunks, 1)
     if op.marks == NULL:
         raise MemoryError("no memory to follow a transfer")
-    if not w.attach:
-        axf_guard_install()
     completion.hold()
     if not post(op, 0 if priority > 0 else 1 if priority == 0 else 2):
         op.inline_ = 1

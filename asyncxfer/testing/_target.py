@@ -47,7 +47,6 @@ async def make_region(
     """
     if shared:
         region = await agent.allocate(tuple(shape), "uint8", name=name, access=access)
-        assert region.array is not None
         return region, region.array
     array = np.zeros(tuple(shape), np.uint8)
     return await agent.register(array, name=name, access=access), array
