@@ -59,7 +59,7 @@ def announcement(region: Region) -> tuple[bytes, list[int]]:
     return encode_frame(RegionAdded(info)), [] if backings is None else [f.fd for f in backings.files]
 
 
-# ---- the target's side -------------------------------------------------------------------------------------------------
+# ---- the target's side ----------------------------------------------------------------------------------------------
 
 
 class TargetEvents(Protocol):
@@ -263,7 +263,7 @@ class Acceptor:
             incoming.page.close_fd()
 
 
-# ---- the initiator's side ----------------------------------------------------------------------------------------------
+# ---- the initiator's side -------------------------------------------------------------------------------------------
 
 
 class Outgoing:
@@ -301,7 +301,7 @@ class Outgoing:
                 return await self._ready
         except TimeoutError as error:
             raise TransferTimeout(
-                f"process {self.channel.credentials.pid} accepted the connection and did not answer within {patience} s "
+                f"process {self.channel.credentials.pid} accepted the connection and did not answer in {patience} s "
                 "(stopped, or its event loop is blocked; configuration key handshake_timeout)"
             ) from error
 

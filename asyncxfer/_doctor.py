@@ -111,8 +111,8 @@ def _attach() -> Finding:
         return Finding("memory", "cross-memory attach", True, f"works between processes (Yama ptrace_scope: {scope})")
     why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
     advice = (
-        "a container needs --cap-add=SYS_PTRACE and both agents in one PID namespace; Yama's ptrace_scope must be 0 or 1; "
-        "memory from Agent.allocate works without"
+        "a container needs --cap-add=SYS_PTRACE and both agents in one PID namespace; Yama's ptrace_scope must be "
+        "0 or 1; memory from Agent.allocate works without"
     )
     return Finding("memory", "cross-memory attach", False, f"{why} (Yama ptrace_scope: {scope}); {advice}")
 

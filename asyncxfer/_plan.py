@@ -213,7 +213,7 @@ def match(local: DescriptorList, remote: DescriptorList) -> npt.NDArray[np.void]
     """
     if local.nbytes != remote.nbytes:
         raise DescriptorError(
-            f"the local list has {local.nbytes:,} bytes in {len(local):,} rows, the remote list {remote.nbytes:,} bytes "
-            f"in {len(remote):,} rows; the totals must agree"
+            f"the local list has {local.nbytes:,} bytes in {len(local):,} rows, the remote list {remote.nbytes:,} "
+            f"bytes in {len(remote):,} rows; the totals must agree"
         )
     return _rows.pair(local.runs, remote.runs, merge=True)

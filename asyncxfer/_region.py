@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -146,7 +146,7 @@ class Region(Indexable):
         self._array = None
         return memory
 
-    async def __aenter__(self) -> Region:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

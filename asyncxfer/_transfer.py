@@ -355,7 +355,7 @@ def _resolve(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-# ---- how transfers fail ------------------------------------------------------------------------------------------------
+# ---- how transfers fail ---------------------------------------------------------------------------------------------
 
 
 def _failure(transfer: Transfer, status: int) -> BaseException:

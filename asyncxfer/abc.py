@@ -292,6 +292,10 @@ class Backend(abc.ABC):
         ----------
         prepared : object
             What `prepare` made of the request.
+        completion : Completion
+            How the end is told.
+        priority : int
+            Above 0 before, below 0 after what is in flight with 0.
         """
 
     @abc.abstractmethod
@@ -315,5 +319,15 @@ class Backend(abc.ABC):
     def offers(
         self, op: Op, local: Registration, remote: RemoteRegistration | Registration, endpoint: Endpoint | None
     ) -> Sequence[Offer]:
-        """Ways to carry transfers between two regions, each with its cost or the reason why not."""
+        """Name the ways to carry transfers between two regions, each with its cost or the reason why not.
+
+        Parameters
+        ----------
+        op : {"put", "get"}
+        local : Registration
+        remote : RemoteRegistration or Registration
+            The latter when both sides belong to this agent.
+        endpoint : Endpoint or None
+            The peer, as `connect` returned it.
+        """
         return (Offer(reason="makes no offers"),)

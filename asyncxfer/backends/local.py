@@ -31,9 +31,7 @@ class LocalBackend(EngineBackend):
     """Copies within the process, by the copy engine."""
 
     name: ClassVar[str] = "local"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        Reach.PROCESS, frozenset({(MemoryKind.DRAM, MemoryKind.DRAM)})
-    )
+    capabilities: ClassVar[Capabilities] = Capabilities(Reach.PROCESS, frozenset({(MemoryKind.DRAM, MemoryKind.DRAM)}))
 
     async def connect(self, peer: PeerInfo) -> Endpoint:
         """Reach an agent of this process.

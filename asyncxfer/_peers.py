@@ -1,0 +1,294 @@
+"""Who one agent is connected to, both ways: those it has dialled, and those that have dialled it.
+
+It reaches peers, notes the regions they tell of, and lets go of those that are gone once nothing in flight uses the
+connection. The protocol stands in `_control`, what a peer is in `_peer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+
+from . import _channel, _identity
+from ._channel import Channel
+from ._config import Config
+from ._control import Acceptor, Incoming, Outgoing
+from ._errors import BackendError, PeerLostError
+from ._fast import completion, outbox
+from ._fast.link import PAGE_BYTES, Link
+from ._fast.memory import Mapping as MemoryMapping
+from ._inbox import Inbox
+from ._metadata import AgentMetadata, NoteKind, RegionInfo
+from ._peer import Peer, PeerEvent, PeerState
+from ._plan import Notice
+from ._region import RemoteRegion
+from ._transfer import Flights, Transfer
+from .abc import Backend, PeerInfo, Reach, Segment
+
+__all__ = ["Peers"]
+
+
+class Peers:
+    """The peers of one agent.
+
+    Attributes
+    ----------
+    acceptor : Acceptor
+        Where initiators connect.
+    inbox : Inbox
+        What they have sent.
+    me : AgentMetadata
+    """
+
+    def __init__(
+        self, name: str, probe: tuple[int, bytes], backends: Mapping[str, Backend], flights: Flights, config: Config
+    ) -> None:
+        self._backends = backends
+        self._flights = flights
+        self._config = config
+        self._peers: dict[str, Peer] = {}
+        self._outgoing: dict[Peer, Outgoing] = {}
+        self._dialling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._present: dict[tuple[str, int], int] = {}
+        self._generations: dict[str, int] = {}
+        self._listeners: weakref.WeakSet[asyncio.Queue[PeerEvent | None]] = weakref.WeakSet()
+        self._cleanups: set[asyncio.Task[None]] = set()
+        self.acceptor = Acceptor(self, probe, config.handshake_timeout)
+        self.inbox = Inbox(config.backlog_bytes, self.acceptor.resume)
+        self.me = AgentMetadata(
+            name=name, generation=_identity.next_generation(), process=_identity.process(), host=_identity.host(),
+            addresses=[self.acceptor.address],
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Answer initiators from now on."""
+        self.acceptor.start(self.me)
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def __contains__(self, peer: object) -> bool:
+        return peer in self._outgoing
+
+    # ---- those that this agent dials -----------------------------------------------------------------------------
+
+    async def connect(self, metadata: AgentMetadata) -> Peer:
+        """Reach an agent, or give the peer that it is already."""
+        async with self._dialling[metadata.name]:
+            known = self._peers.get(metadata.name)
+            if known is not None and known.lost is None and known.generation == metadata.generation:
+                return known
+            return await self._dial(metadata)
+
+    async def _dial(self, metadata: AgentMetadata) -> Peer:
+        what = f"agent {metadata.name!r}, generation {metadata.generation},"
+        if metadata.host != self.me.host:
+            raise PeerLostError(f"{what} is on another host; this version reaches agents of this host only")
+        if not metadata.addresses:
+            raise PeerLostError(f"{what} has no address")
+        try:
+            sock = await _channel.connect(metadata.addresses[0])
+        except PeerLostError as error:
+            raise PeerLostError(f"{what} has ended or restarted since its metadata was made: {error}") from error
+        outgoing = Outgoing(sock)
+        try:
+            welcome = await outgoing.greet(self.me, self._config.handshake_timeout)
+            self._flights.check_open()
+            if (welcome.name, welcome.generation) != (metadata.name, metadata.generation):
+                raise PeerLostError(f"{what} is gone: {welcome.name!r}, {welcome.generation}, answers in its place")
+            link = _make_link(outgoing)
+            reach = Reach.PROCESS if welcome.process == _identity.process() else Reach.HOST
+            info = PeerInfo(
+                metadata.name, metadata.generation, reach, link.pid, (welcome.probe_address, welcome.probe_value), link
+            )
+            peer = Peer(metadata, info, notify=self._notify, leave=self.leave)
+            await self._reach(peer)
+        except BaseException:
+            outgoing.discard()
+            outgoing.channel.release()
+            raise
+        self._outgoing[peer] = outgoing
+        self._peers[peer.name] = peer
+        self._joined(peer.name, peer.generation)
+        outgoing.follow(
+            lambda region, fds: self._on_region(peer, region, fds),
+            lambda id: self._on_removed(peer, id),
+            lambda why, on_purpose: self._on_peer_end(peer, why, on_purpose=on_purpose),
+        )
+        return peer
+
+    async def _reach(self, peer: Peer) -> None:
+        for backend in self._backends.values():
+            if peer.info.reach > backend.capabilities.reach:
+                peer.refusals[backend.name] = f"reaches no farther than {backend.capabilities.reach.name.lower()}"
+                continue
+            try:
+                peer.endpoints[backend.name] = await backend.connect(peer.info)
+            except BackendError as error:
+                peer.refusals[backend.name] = str(error)
+
+    def _on_region(self, peer: Peer, info: RegionInfo, fds: list[int]) -> None:
+        region = RemoteRegion(peer, info)
+        segments = tuple(Segment(s.address, s.nbytes) for s in info.segments)
+        backings = [None if s.backing < 0 else (fds[s.backing], s.backing_offset) for s in info.segments]
+        for name, endpoint in peer.endpoints.items():
+            try:
+                region.attachments[name] = endpoint.attach(info.kind, segments, backings, b"")
+            except BackendError as error:
+                region.refusals[name] = str(error)
+        while fds:
+            os.close(fds.pop())
+        peer.add(region)
+
+    def _on_removed(self, peer: Peer, id: int) -> None:
+        region = peer.remove(id)
+        if region is not None:
+            _detach(peer, region)
+
+    def _on_peer_end(self, peer: Peer, why: str, *, on_purpose: bool) -> None:
+        if peer.lost is not None:
+            return
+        state = PeerState.LEFT if on_purpose else PeerState.LOST
+        peer.end(state, f"peer {peer.name!r}, generation {peer.generation}, is gone: {why}")
+        peer.link.close()
+        task = asyncio.ensure_future(self._forget(peer))
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleanups.discard)
+
+    async def leave(self, peer: Peer) -> None:
+        """Say goodbye to a peer, once what is in flight to it has ended."""
+        outgoing = self._outgoing.get(peer)
+        if outgoing is None:
+            return
+        if peer.lost is None:
+            flights = self._flights
+            peer.end(PeerState.LEFT, f"agent {self.me.name!r} has left peer {peer.name!r}")
+            await flights.settle(flights.to(peer.link), within=self._config.close_timeout)
+            outgoing.leave()
+            peer.link.close()
+        await self._forget(peer)
+
+    async def _forget(self, peer: Peer) -> None:
+        """Let go of a peer that is gone, once no native code uses the connection."""
+        outgoing = self._outgoing.pop(peer, None)
+        if outgoing is None:
+            return
+        flights = self._flights
+        outbox.forget(peer.link)
+        gone = completion.STATUS_PEER_GONE
+        await flights.settle(flights.to(peer.link), within=self._config.close_timeout, status=gone)
+        outbox.forget(peer.link)
+        outgoing.discard()
+        outgoing.channel.release()
+        for region in peer.regions.values():
+            _detach(peer, region)
+        for endpoint in peer.endpoints.values():
+            endpoint.close()
+        if self._peers.get(peer.name) is peer:
+            del self._peers[peer.name]
+        self._departed(peer.name, peer.generation, peer.state)
+
+    def _notify(self, peer: Peer, tag: bytes) -> Transfer:
+        """Post a bare notification."""
+        self._flights.check_open()
+        return Notice(self._flights, peer.name, peer.link).send(tag)
+
+    async def leave_all(self) -> None:
+        """Say goodbye to every peer that was dialled."""
+        for peer in list(self._outgoing):
+            await self.leave(peer)
+
+    # ---- those that dial this agent ------------------------------------------------------------------------------
+
+    def on_joined(self, incoming: Incoming) -> None:
+        """An initiator has said hello."""
+        self.inbox.joined(incoming.name)
+        self._joined(incoming.name, incoming.generation)
+
+    def on_note(self, incoming: Incoming, kind: NoteKind, tag: bytes) -> None:
+        """A notification has arrived."""
+        if kind is NoteKind.DELIVERED:
+            self.inbox.arrived(incoming.name, tag)
+            if self.inbox.full:
+                self.acceptor.pause()
+        elif kind is NoteKind.ANNOUNCED:
+            self.inbox.announced(incoming.name, tag)
+        else:
+            self.inbox.failed(incoming.name, tag)
+
+    def on_left(self, incoming: Incoming, why: str, *, on_purpose: bool) -> None:
+        """An initiator is gone."""
+        self.inbox.lost(incoming.name, f"peer {incoming.name!r}, generation {incoming.generation}, is gone: {why}")
+        state = PeerState.LEFT if on_purpose else PeerState.LOST
+        self._departed(incoming.name, incoming.generation, state)
+
+    # ---- events ---------------------------------------------------------------------------------------------------
+
+    def _joined(self, name: str, generation: int) -> None:
+        known = self._generations.get(name)
+        self._generations[name] = generation
+        self._present[name, generation] = self._present.get((name, generation), 0) + 1
+        if self._present[name, generation] == 1:
+            restarted = known is not None and known != generation
+            self._tell(PeerEvent(name, generation, PeerState.RESTARTED if restarted else PeerState.JOINED))
+
+    def _departed(self, name: str, generation: int, state: PeerState) -> None:
+        self._present[name, generation] -= 1
+        if not self._present[name, generation]:
+            del self._present[name, generation]
+            self._tell(PeerEvent(name, generation, state))
+
+    def _tell(self, event: PeerEvent) -> None:
+        for listener in list(self._listeners):
+            listener.put_nowait(event)
+
+    def events(self) -> AsyncIterator[PeerEvent]:
+        """Yield changes from now on."""
+        queue: asyncio.Queue[PeerEvent | None] = asyncio.Queue()
+        self._listeners.add(queue)
+        return _events(queue)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    async def close(self, why: str) -> None:
+        """Stop answering, and end every wait. All peers have been left."""
+        while self._cleanups:
+            await asyncio.wait(self._cleanups)
+        self.inbox.close(why)
+        for listener in list(self._listeners):
+            listener.put_nowait(None)
+        self.acceptor.close()
+
+    def drop(self) -> None:
+        """In a forked child: let go of the descriptors."""
+        self.acceptor.drop()
+        for outgoing in self._outgoing.values():
+            outgoing.channel.drop()
+
+
+async def _events(queue: asyncio.Queue[PeerEvent | None]) -> AsyncIterator[PeerEvent]:
+    # The queue is subscribed as long as this lives.
+    while (event := await queue.get()) is not None:
+        yield event
+
+
+def _make_link(outgoing: Outgoing) -> Link:
+    """The native side of a connection, over the page that the target sent."""
+    channel: Channel = outgoing.channel
+    fd = outgoing.take_page()
+    try:
+        page = MemoryMapping(fd, 0, PAGE_BYTES, writable=True)
+        return Link(channel.sock.fileno(), channel.pidfd, channel.credentials.pid, page)
+    except (OSError, ValueError) as error:
+        raise PeerLostError(f"process {channel.credentials.pid} sent no usable link page: {error}") from error
+    finally:
+        os.close(fd)
+
+
+def _detach(peer: Peer, region: RemoteRegion) -> None:
+    for name, attachment in region.attachments.items():
+        peer.endpoints[name].detach(attachment)
+    region.attachments.clear()

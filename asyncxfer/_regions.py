@@ -1,0 +1,181 @@
+"""The regions of one agent: their names, numbers and slots, and the order in which one is closed.
+
+It shows memory to the backends and to the peers, and takes it back from both before it lets go. What a region is
+stands in `_region`, how memory is found and made in `_memory` and `_sharing`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._config import Config
+from ._control import Acceptor, Incoming
+from ._errors import RegistrationError
+from ._fast.link import SLOTS
+from ._memory import Access, Memory, describe
+from ._region import Region
+from ._sharing import Allocation, Backings, Place, allocate, backings_of
+from ._transfer import Flights
+from .abc import Backend, Registration
+
+__all__ = ["Regions"]
+
+
+class Regions:
+    """The regions of one agent.
+
+    Parameters
+    ----------
+    agent : str
+        Its name, for messages.
+    backends : mapping of str to Backend
+    refused : mapping of str to str
+        Why other backends did not load.
+    acceptor : Acceptor
+        By which peers hear of regions.
+    in_thread : callable
+        Runs what would hold up the loop.
+    """
+
+    def __init__(
+        self, agent: str, backends: Mapping[str, Backend], refused: Mapping[str, str], acceptor: Acceptor,
+        flights: Flights, config: Config, in_thread: Callable[..., Awaitable[Any]],
+    ) -> None:  # fmt: skip
+        self._agent = agent
+        self._backends = backends
+        self._refused = refused
+        self._acceptor = acceptor
+        self._flights = flights
+        self._config = config
+        self._in_thread = in_thread
+        self._regions: dict[str, Region] = {}
+        self._free_slots: list[int] = []
+        self._slots = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(list(self._regions.values()))
+
+    def __contains__(self, region: object) -> bool:
+        return isinstance(region, Region) and self._regions.get(region.name) is region
+
+    async def allocate(
+        self, shape: int | Sequence[int], dtype: npt.DTypeLike, kind: str, name: str | None, access: Access, *,
+        huge_pages: bool,
+    ) -> Region:  # fmt: skip
+        """Make a region of new memory, as `Agent.allocate` says."""
+        self._flights.check_open()
+        if kind != "dram":
+            raise RegistrationError(f"kind {kind!r} cannot be allocated: no backend for it is loaded; expected 'dram'")
+        dims, element = _dimensions(shape, dtype)
+        allocation = allocate(math.prod(dims) * element.itemsize, huge_pages=huge_pages)
+        array = np.frombuffer(allocation.buffer, element).reshape(dims)
+        return await self.register(array, name, access, allocation)
+
+    async def register(
+        self, obj: object, name: str | None, access: Access, allocation: Allocation | None = None
+    ) -> Region:
+        """Make a region of memory that exists, as `Agent.register` says."""
+        self._flights.check_open()
+        memory = describe(obj, access=access)
+        array = obj if isinstance(obj, np.ndarray) and allocation is not None else None
+        if allocation is not None:
+            backings = Backings((allocation.file,), (Place(0, 0),))
+        else:
+            backings = await self._in_thread(_backings, memory, "w" in access and not memory.readonly)
+            self._flights.check_open()
+        try:
+            region = self._enter(memory, name, access, array)
+        except BaseException:
+            backings.close()
+            raise
+        region.backings = backings
+        self._acceptor.open(region)
+        return region
+
+    def _enter(self, memory: Memory, name: str | None, access: Access, array: npt.NDArray[Any] | None) -> Region:
+        """Give memory a number, a name and a slot, and show it to every backend."""
+        number = self._count + 1
+        name = f"region-{number}" if name is None else name
+        if name in self._regions:
+            raise RegistrationError(f"agent {self._agent!r} has a region {name!r} already; names are unique")
+        if not self._free_slots and self._slots >= SLOTS:
+            raise RegistrationError(f"agent {self._agent!r} has {SLOTS:,} regions, the most there are; register lists")
+        registrations: dict[str, Registration] = {}
+        refused: dict[str, str] = {}
+        for backend in self._backends.values():
+            try:
+                registrations[backend.name] = backend.register(memory)
+            except RegistrationError as error:
+                refused[backend.name] = str(error)
+        if not registrations:
+            reasons = "; ".join(f"{k}: {v}" for k, v in (dict(self._refused) | refused).items())
+            raise RegistrationError(f"no backend can use this {memory.kind} memory ({reasons})")
+        if not self._free_slots:  # a slot whose last initiator is stopped inside it never becomes free again
+            self._free_slots.append(self._slots)
+            self._slots += 1
+        slot = self._free_slots.pop()
+        self._count = number
+        region = Region(name, memory, id=number, slot=slot, epoch=number, access=access, close=self.close, array=array)
+        region.registrations = registrations
+        self._regions[name] = region
+        return region
+
+    async def close(self, region: Region) -> None:
+        """Take a region back from the peers and the backends, and let go of its memory, as `Region.aclose` says."""
+        if region.closed is not None:
+            return
+        region.closed = f"region {region.name!r} of agent {self._agent!r} was closed"
+        flights = self._flights
+        inside = self._acceptor.shut(region)
+        await flights.settle(flights.using(region), within=self._config.close_timeout)
+        late = [i for i in inside if not await self._drained(i, region.slot)]
+        for backend, registration in region.registrations.items():
+            self._backends[backend].deregister(registration)
+        region.registrations.clear()
+        if region.backings is not None:
+            region.backings.close()
+        del self._regions[region.name]
+        memory = region.forget()
+        if late:
+            for incoming in late:
+                incoming.kept.append(memory)
+            raise RegistrationError(
+                f"{region.closed}, but {', '.join(repr(i.name) for i in late)} was stopped inside a transfer with it; "
+                "its memory is kept alive until that process goes on or ends, do not reuse it for something else"
+            )
+        self._free_slots.append(region.slot)
+
+    async def _drained(self, incoming: Incoming, slot: int) -> bool:
+        """Wait until an initiator has left a slot that was shut, for a second at most."""
+        incoming.draining.add(slot)
+        empty = await self._in_thread(incoming.page.wait, slot, self._config.close_timeout)
+        incoming.draining.discard(slot)
+        return bool(empty) or incoming.gone
+
+
+def _dimensions(shape: int | Sequence[int], dtype: npt.DTypeLike) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The dimensions and element type of an array to be allocated."""
+    try:
+        dims = tuple(operator.index(size) for size in (shape if isinstance(shape, Iterable) else (shape,)))
+        element = np.dtype(dtype)
+    except TypeError as error:
+        raise RegistrationError(f"shape {shape!r} of {dtype!r} cannot be allocated: {error}") from error
+    if any(size < 0 for size in dims) or element.hasobject or not element.itemsize:
+        raise RegistrationError(
+            f"shape {dims} of {element} cannot be allocated; expected sizes of 0 or more and elements of plain bytes"
+        )
+    return dims, element
+
+
+def _backings(memory: Memory, writable: bool) -> Backings:
+    return backings_of(memory.segments, writable=writable)
