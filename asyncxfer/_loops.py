@@ -40,5 +40,5 @@ def release(loop: asyncio.AbstractEventLoop) -> None:
 def forget_all() -> None:
     """In a forked child: the loops belong to the parent, and so does what the eventfds say."""
     for queue, _ in _queues.values():
-        queue.close()
+        queue.forget()
     _queues.clear()

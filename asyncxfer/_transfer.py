@@ -243,6 +243,8 @@ class Transfer(Completion):
             And its kinds: how it failed.
         """
         if self.done():
+            if not (self._ended or self.inlined) and asyncio.get_running_loop() is self._flights.loop:
+                self.queue.drain()  # it was quicker than the loop: settle now, or those that have ended pile up
             if self.queue.overdue(self.elapsed + _PYTHON_NS):
                 yield  # many transfers that end at once would otherwise never let the loop turn
             return self.result()

@@ -35,7 +35,7 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 # What may block on the loop's thread, each with its reason; (file, function names).
 MAY_BLOCK: tuple[tuple[str, frozenset[str]], ...] = (
     # The kernel answers these reads of /proc from memory, in microseconds, once when an agent starts.
-    ("asyncxfer/_agent.py", frozenset({"_host_id"})),
+    ("asyncxfer/_identity.py", frozenset({"host"})),
     # The threads that it joins have ended their work: all of it was awaited.
     ("asyncxfer/_agent.py", frozenset({"_end"})),
     # Memory, limits and the kernel's rules: /proc and /sys again, once an allocation or a peer.

@@ -7,6 +7,7 @@ other loops than the agent's await.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -292,15 +293,18 @@ async def test_threads_learn_that_the_peer_was_killed(cast: Cast, kind: Kind, op
     plan = cast.here.prepare(op, pair.region[LONG], pair.peer["far"][LONG])
     started = threading.Barrier(3)
 
+    def post_and_poll() -> None:
+        for turn in range(1000):
+            transfer = plan()
+            while not turn and not transfer.progress and not transfer.done():
+                pass
+            if not turn:
+                started.wait(10)
+            poll(transfer)
+
     def work(number: int) -> None:
         with pytest.raises(PeerLostError):
-            for turn in range(1000):
-                transfer = plan()
-                while not turn and not transfer.progress and not transfer.done():
-                    pass
-                if not turn:
-                    started.wait(10)
-                poll(transfer)
+            post_and_poll()
 
     threads = asyncio.ensure_future(asyncio.to_thread(in_threads, work, 2))
     await asyncio.to_thread(started.wait, 10)
@@ -315,16 +319,16 @@ async def test_an_agent_is_closed_under_threads_that_post(cast: Cast) -> None:
     small = cast.here.prepare("put", pair.region.bytes[:64], pair.peer["far"].bytes[:64])
     started = threading.Barrier(5)
 
+    def post_and_poll() -> None:
+        while True:
+            for transfer in [plan() for _ in range(10)] + [small() for _ in range(10)]:
+                with contextlib.suppress(asyncio.CancelledError, TransferError):
+                    poll(transfer)
+
     def work(number: int) -> None:
         started.wait(10)
         with pytest.raises((ClosedError, PeerLostError)):
-            while True:
-                for transfer in [plan() for _ in range(10)] + [small() for _ in range(10)]:
-                    end = time.monotonic() + 10
-                    while not transfer.done():
-                        assert time.monotonic() < end, "it never ended"
-                    error = transfer.exception()
-                    assert error is None or isinstance(error, (asyncio.CancelledError, TransferError))
+            post_and_poll()
 
     threads = asyncio.ensure_future(asyncio.to_thread(in_threads, work))
     await asyncio.to_thread(started.wait, 10)

@@ -37,6 +37,7 @@ RULES = {
     ),
     "asyncxfer/bench": Rule(frozenset({"asyncxfer"}), frozenset({"asyncxfer.bench"})),
     "asyncxfer/connectors": Rule(frozenset({"asyncxfer"}), frozenset({"asyncxfer.connectors"})),
+    "asyncxfer/testing": Rule(frozenset({"asyncxfer", "asyncxfer.abc"}), frozenset({"asyncxfer.testing"})),
     "examples": Rule(frozenset({"asyncxfer"}), frozenset()),
 }
 SUFFIXES = frozenset({".py", ".pyi", ".pyx", ".pxd", ".pxi"})

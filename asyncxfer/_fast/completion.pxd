@@ -63,6 +63,7 @@ cdef class CompletionQueue:
     cdef node_t* backlog
     cdef int64_t inline_ns
     cpdef int drain(self) except -1
+    cpdef void forget(self)
 
 
 cdef class Completion:

@@ -92,7 +92,9 @@ cdef void op_finish(op_t* op, int status, int error) noexcept nogil:
     if status == OK and op.put and op.link != NULL and axf_link_gone(op.link):
         status = PEER_GONE
     if op.has_note:
-        rc = axf_link_note(op.link, c'N' if status == OK else c'F', op.note, op.note_bytes)
+        rc = EAGAIN
+        if not axf_load(&op.link.queued):
+            rc = axf_link_note(op.link, c'N' if status == OK else c'F', op.note, op.note_bytes)
         if rc == EAGAIN or rc == ENOBUFS:
             if status == OK:
                 op.inline_ = 0
@@ -123,8 +125,7 @@ cdef class CompletionQueue:
 
     def __dealloc__(self):
         global _live
-        if self.q.fd >= 0:
-            self.close()
+        self.forget()
         _live -= 1
 
     def fileno(self) -> int:
@@ -132,9 +133,17 @@ cdef class CompletionQueue:
         return self.q.fd
 
     def close(self) -> None:
-        """Close the eventfd. Nothing that was posted with this queue may be in flight."""
+        """Settle what has finished, and close the eventfd. Nothing that was posted with this queue may be in flight."""
         while axf_load(&self.q.pushing):
             pass  # a few instructions and one write away from 0
+        try:
+            while self.q.fd >= 0 and self.drain():
+                pass  # it settles a fraction of a millisecond's worth at a time
+        finally:
+            self.forget()
+
+    cpdef void forget(self):
+        """Close the eventfd and leave all else as it is: in a forked child, what is in flight is the parent's."""
         if self.q.fd >= 0:
             close(self.q.fd)
             self.q.fd = -1

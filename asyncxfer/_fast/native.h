@@ -122,6 +122,8 @@ typedef struct {
     int pidfd;  /* the peer's process, -1 where the kernel has none */
     int pid;
     int alive;  /* 0 once either side has closed */
+    int queued; /* notifications that wait in the outbox; while there are any, none overtakes them */
+    int full;   /* the outbox's own: found full in this sweep */
     axf_page *page;
 } axf_link;
 

@@ -93,6 +93,7 @@ cdef int outbox_post(axf_link* link, char kind, const char* tag, size_t n, op_t*
         return 1
     box.last[0] = letter
     box.last = &letter.next
+    axf_add(&link.queued, 1)
     outbox_wake()
     pthread_mutex_unlock(&box.lock)
     return 0
@@ -101,9 +102,12 @@ cdef int outbox_post(axf_link* link, char kind, const char* tag, size_t n, op_t*
 cdef int deliver(letter_t* letter, int64_t now) noexcept nogil:
     """1 when the letter is done with, sent or not."""
     cdef op_t* op = letter.op
-    cdef int rc = axf_link_note(letter.link, letter.kind, <char*>(letter + 1), letter.n)
     cdef int status = OK
+    cdef int rc = EAGAIN
+    if not letter.link.full:        # behind one that waits, all of its link wait: they keep their order
+        rc = axf_link_note(letter.link, letter.kind, <char*>(letter + 1), letter.n)
     if rc == EAGAIN or rc == ENOBUFS:
+        letter.link.full = 1
         if op == NULL:
             return 0
         status = axf_load(&op.stop)
@@ -116,6 +120,7 @@ cdef int deliver(letter_t* letter, int64_t now) noexcept nogil:
         return 0
     elif rc != 0:
         status = PEER_GONE
+    axf_add(&letter.link.queued, -1)
     if op != NULL:
         op_settle(op, status, rc)
     return 1
@@ -124,9 +129,12 @@ cdef int deliver(letter_t* letter, int64_t now) noexcept nogil:
 cdef int64_t sweep(int* n) noexcept nogil:
     """Tries every letter; leaves how many remain and gives the soonest deadline among them, 0 for none."""
     cdef letter_t** at = &box.first
-    cdef letter_t* letter
+    cdef letter_t* letter = box.first
     cdef int64_t now = axf_now(), soonest = 0
     n[0] = 0
+    while letter != NULL:
+        letter.link.full = 0
+        letter = letter.next
     while at[0] != NULL:
         letter = at[0]
         if deliver(letter, now):
@@ -180,6 +188,7 @@ def forget(Link link not None) -> None:
         letter = at[0]
         if letter.link == &link.c:
             at[0] = letter.next
+            axf_add(&link.c.queued, -1)
             if letter.op != NULL:
                 op_settle(letter.op, PEER_GONE, EPIPE)
             free(letter)
