@@ -22,7 +22,7 @@ from . import _chooser, _identity, _loops, _metadata, _plugins
 from ._chooser import Explanation
 from ._config import Config
 from ._descriptors import DescriptorList
-from ._errors import AccessError, ClosedError, ConfigError, DescriptorError, RegistrationError, TransferTimeout
+from ._errors import AccessError, ClosedError, ConfigError, DescriptorError, TransferTimeout
 from ._fast import engine, outbox
 from ._inbox import Notification
 from ._memory import Access
@@ -152,12 +152,8 @@ class Agent:
         self._closed = live.flights.closed = why
         await live.flights.settle(live.flights.all(), within=self.config.close_timeout)
         await live.peers.leave_all()
-        stragglers: list[RegistrationError] = []
-        for region in live.regions:
-            try:
-                await live.regions.close(region)
-            except RegistrationError as error:
-                stragglers.append(error)
+        closings = [live.regions.close(region) for region in live.regions]
+        stragglers = [e for e in await asyncio.gather(*closings, return_exceptions=True) if e is not None]
         await live.peers.close(why)
         for backend in live.backends.values():
             await backend.aclose()
@@ -210,7 +206,8 @@ class Agent:
         """In a forked child: nothing here is ours; the parent's connections go on untouched."""
         self._closed = f"agent {self.name!r} belongs to the parent of this forked process; make a new one here"
         if self._live is not None:
-            self._live.flights.closed = self._closed
+            self._live.flights.drop(self._closed)
+            self._live.regions.drop(self._closed)
             self._live.peers.drop()
 
     # ---- regions -------------------------------------------------------------------------------------------------

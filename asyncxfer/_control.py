@@ -261,6 +261,7 @@ class Acceptor:
         for incoming in self.incoming:
             incoming.channel.drop()
             incoming.page.close_fd()
+        self.incoming.clear()  # with the pages, which the parent and its peers go on using
 
 
 # ---- the initiator's side -------------------------------------------------------------------------------------------

@@ -267,6 +267,7 @@ class Peers:
         self.acceptor.drop()
         for outgoing in self._outgoing.values():
             outgoing.channel.drop()
+        self._outgoing.clear()
 
 
 async def _events(queue: asyncio.Queue[PeerEvent | None]) -> AsyncIterator[PeerEvent]:

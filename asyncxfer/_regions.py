@@ -6,6 +6,7 @@ stands in `_region`, how memory is found and made in `_memory` and `_sharing`.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import operator
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -137,8 +138,11 @@ class Regions:
         region.closed = f"region {region.name!r} of agent {self._agent!r} was closed"
         flights = self._flights
         inside = self._acceptor.shut(region)
-        await flights.settle(flights.using(region), within=self._config.close_timeout)
-        late = [i for i in inside if not await self._drained(i, region.slot)]
+        _, *drained = await asyncio.gather(
+            flights.settle(flights.using(region), within=self._config.close_timeout),
+            *(self._drained(incoming, region.slot) for incoming in inside),
+        )
+        late = [incoming for incoming, empty in zip(inside, drained, strict=True) if not empty]
         for backend, registration in region.registrations.items():
             self._backends[backend].deregister(registration)
         region.registrations.clear()
@@ -154,6 +158,11 @@ class Regions:
                 "its memory is kept alive until that process goes on or ends, do not reuse it for something else"
             )
         self._free_slots.append(region.slot)
+
+    def drop(self, why: str) -> None:
+        """In a forked child: the regions are the parent's, and stay open to its peers."""
+        for region in self:
+            region.closed = why
 
     async def _drained(self, incoming: Incoming, slot: int) -> bool:
         """Wait until an initiator has left a slot that was shut, for a second at most."""

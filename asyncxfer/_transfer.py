@@ -154,6 +154,11 @@ class Flights:
         """Every transfer in flight."""
         return list(self._flying)
 
+    def drop(self, why: str) -> None:
+        """In a forked child: what is in flight is the parent's."""
+        self.closed = why
+        self._flying.clear()
+
     async def settle(
         self, transfers: Sequence[Transfer], *, within: float | None, status: int = _native.STATUS_CANCELLED
     ) -> None:
@@ -276,7 +281,8 @@ class Transfer(Completion):
             if loop is here:
                 _resolve(waiter)
             else:
-                loop.call_soon_threadsafe(_resolve, waiter)
+                with contextlib.suppress(RuntimeError):  # that loop has been closed: nobody waits there any more
+                    loop.call_soon_threadsafe(_resolve, waiter)
 
     def post(self, stopper: Callable[[], object] | None = None) -> None:
         """Say that it is in flight by a backend that does not watch time limits: from now on the agent's loop does."""

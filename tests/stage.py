@@ -62,6 +62,11 @@ class Cast:
         self._spawned.append(Process(self._server, name))
         return self._spawned[-1]
 
+    async def part(self, process: Process) -> None:
+        """Let go of a process, dead or alive, before the end."""
+        self._spawned.remove(process)
+        await process.release()
+
     async def leave(self) -> None:
         """Close agents everywhere; processes that still live must leave nothing behind."""
         spawned, self._spawned = self._spawned, []

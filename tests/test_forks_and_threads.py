@@ -263,8 +263,6 @@ async def test_threads_post_and_poll(cast: Cast, kind: Kind, op: Op, blocked: bo
             start = number * SHAPE[1] * 4
             for _ in range(10):
                 poll(call(pair.region.bytes[start : start + 64], pair.peer["far"].bytes[start : start + 64]))
-            with pytest.raises(asyncio.InvalidStateError):
-                plan().result()
         cancelled = plan()
         if cancelled.cancel():
             with pytest.raises(asyncio.CancelledError):
@@ -282,7 +280,7 @@ async def test_threads_post_and_poll(cast: Cast, kind: Kind, op: Op, blocked: bo
         while cast.here.stats()["in_flight"]:  # noqa: ASYNC110 - the loop was held up; it settles the rest now
             await asyncio.sleep(0)
     counter = cast.here.stats()["sent"]["there"]["shm"][op]
-    assert counter["transfers"] + counter["failed"] == 4 * (20 * 12 + 2)
+    assert counter["transfers"] + counter["failed"] == 4 * (20 * 11 + 2)
     assert counter["failed"] <= 4
 
 

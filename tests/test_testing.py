@@ -64,6 +64,8 @@ async def test_a_process_that_is_killed_is_cleaned_up() -> None:
         await agent.connect(process.metadata())
         process.send_signal(signal.SIGKILL)
         assert [(await anext(events)).state for _ in range(2)] == [PeerState.JOINED, PeerState.LOST]
+        with pytest.raises(BackendError, match="the second process ended before it answered 'read'"):
+            await process.read("kv")
 
 
 async def test_a_process_that_does_not_start_says_so(capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ watching, so it serves any loop, or several in turn.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import subprocess
@@ -81,7 +82,8 @@ class PeerProcess(Target):
         if process is None:
             return
         for pipe in self._pipes:
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # what was not yet sent when it ended
+                pipe.close()
         try:
             await asyncio.to_thread(process.wait, 10)
         except subprocess.TimeoutExpired:
@@ -120,8 +122,11 @@ class PeerProcess(Target):
     def _exchange(self, head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         commands, answers = self._pipes
         with self._turn:
-            send(commands, head, body)
-            return receive(answers)
+            try:
+                send(commands, head, body)
+                return receive(answers)
+            except (EOFError, BrokenPipeError) as error:
+                raise asyncxfer.BackendError(f"the second process ended before it answered {head['call']!r}") from error
 
     async def renew(self) -> None:
         """Replace its agent by a new one of the same name, which has no regions: cheaper than a new process."""
