@@ -334,7 +334,8 @@ class Agent:
         Raises
         ------
         PeerLostError
-            The sender is gone: `peer`, or the one that had announced this tag, or the last that was connected.
+            The sender is gone: `peer`, or the one that had announced this tag, or the last that was connected. One
+            that said goodbye before the call counts as never there: another may come.
         TransferError
             The transfer that was to send it has failed.
         TransferTimeout
@@ -367,7 +368,8 @@ class Agent:
         Parameters
         ----------
         local, remote : DescriptorList
-            Of regions of this agent and of a peer; equal byte totals, in any number of rows.
+            Of regions of this agent and of a peer; equal byte totals, in any number of rows. Where both lie in the
+            same memory they must not overlap; rows that are written twice end as either of the two.
         notify : bytes or None
             Tag that the peer receives once the data is visible there.
         timeout : float or None, seconds

@@ -55,6 +55,7 @@ def announcement(region: Region) -> tuple[bytes, list[int]]:
     info = RegionInfo.of(
         region.layout, segments, id=region.id, slot=region.slot, epoch=region.epoch, name=region.name,
         kind=region.kind, device=region.memory.device, access=region.access, dtype=region.dtype,
+        exports=region.exports,
     )  # fmt: skip
     return encode_frame(RegionAdded(info)), [] if backings is None else [f.fd for f in backings.files]
 
@@ -156,13 +157,18 @@ class Acceptor:
         How long a connection may take to say hello.
     probe : (int, bytes)
         An address in this process and what stands there, for peers to try direct access on.
+    addresses : dict of str to bytes
+        What each backend wants its counterpart to know.
     """
 
-    def __init__(self, events: TargetEvents, probe: tuple[int, bytes], patience: float) -> None:
+    def __init__(
+        self, events: TargetEvents, probe: tuple[int, bytes], addresses: dict[str, bytes], patience: float
+    ) -> None:
         self.events = events
         self.patience = patience
         self.incoming: set[Incoming] = set()
         self._probe = probe
+        self._addresses = addresses
         self._identity: AgentMetadata | None = None
         self._regions: dict[int, Region] = {}
         self._loop = asyncio.get_running_loop()
@@ -202,6 +208,7 @@ class Acceptor:
         answer = Welcome(
             name=me.name, generation=me.generation, process=me.process, host=me.host,
             probe_address=self._probe[0], probe_value=self._probe[1], slots=SLOTS,
+            backends=self._addresses,
         )  # fmt: skip
         incoming.channel.send(encode_frame(answer), [incoming.page.fd])
         for region in self._regions.values():

@@ -16,6 +16,8 @@ __all__ = ["Inbox", "Notification"]
 
 
 _BROKEN_KEPT = 4096  # failures that nobody has asked for yet
+_GONE_KEPT = 4096  # peers that were lost
+_NOTE_BYTES = 64  # what keeping one costs beside its tag, roughly
 
 
 class Notification(NamedTuple):
@@ -37,6 +39,44 @@ class _Wait(NamedTuple):
     peer: str | None
 
 
+class _Kept:
+    """Notifications that nobody has asked for yet, oldest first, and found by their tag without a search."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._notes: OrderedDict[int, Notification] = OrderedDict()
+        self._by_tag: dict[bytes, OrderedDict[int, None]] = {}
+        self._count = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._notes)
+
+    def add(self, note: Notification, *, first: bool = False) -> None:
+        """Keep one, behind the others or before them."""
+        self._count += 1
+        same = self._by_tag.setdefault(note.tag, OrderedDict())
+        self._notes[self._count] = note
+        same[self._count] = None
+        if first:
+            self._notes.move_to_end(self._count, last=False)
+            same.move_to_end(self._count, last=False)
+        self.nbytes += len(note.tag) + _NOTE_BYTES
+
+    def take(self, tag: bytes | None, peer: str | None) -> Notification | None:
+        """Give the oldest, of one tag and of one peer if these are given."""
+        numbers = self._notes if tag is None else self._by_tag.get(tag, ())
+        number = next((n for n in numbers if peer in (None, self._notes[n].peer)), None)
+        if number is None:
+            return None
+        note = self._notes.pop(number)
+        same = self._by_tag[note.tag]
+        del same[number]
+        if not same:
+            del self._by_tag[note.tag]
+        self.nbytes -= len(note.tag) + _NOTE_BYTES
+        return note
+
+
 class Inbox:
     """Notifications on their way from peers to whoever waits for them.
 
@@ -50,20 +90,19 @@ class Inbox:
     def __init__(self, limit: int, on_room: Callable[[], None]) -> None:
         self._limit = limit
         self._on_room = on_room
-        self._kept: deque[Notification] = deque()
-        self._kept_bytes = 0
+        self._kept = _Kept()
         self._waits: dict[bytes, deque[_Wait]] = {}
         self._readers: deque[asyncio.Future[Notification | None]] = deque()
         self._announced: dict[tuple[str, bytes], int] = {}
         self._senders: dict[str, int] = {}
-        self._gone: dict[str, str] = {}
+        self._gone: OrderedDict[str, str] = OrderedDict()
         self._broken: OrderedDict[tuple[str, bytes], TransferError] = OrderedDict()
         self._closed: str | None = None
 
     @property
     def full(self) -> bool:
         """Whether no more should be taken from the peers' sockets."""
-        return self._kept_bytes >= self._limit
+        return self._kept.nbytes >= self._limit
 
     # -- what happens
 
@@ -81,8 +120,7 @@ class Inbox:
         self._unannounce(peer, tag)
         note = Notification(peer, tag)
         if not self._hand_over(note):
-            self._kept.append(note)
-            self._kept_bytes += len(tag) + 64
+            self._kept.add(note)
 
     def _hand_over(self, note: Notification) -> bool:
         wait = self._take_wait(note.peer, note.tag)
@@ -101,8 +139,8 @@ class Inbox:
         self._unannounce(peer, tag)
         self._break(peer, tag, TransferError(f"the transfer of {peer!r} that was to notify {tag!r} has failed"))
 
-    def lost(self, peer: str, why: str) -> None:
-        """Fail what only this peer could have ended."""
+    def lost(self, peer: str, why: str, *, on_purpose: bool) -> None:
+        """Fail what only this peer could have ended; what is asked for later, only where it did not say goodbye."""
         self._senders[peer] -= 1
         if self._senders[peer]:
             return
@@ -116,6 +154,8 @@ class Inbox:
                 doom = self._doom(wait.peer)
                 if doom is not None and not wait.future.done():
                     wait.future.set_exception(doom)
+        if on_purpose or len(self._gone) > _GONE_KEPT:
+            self._gone.pop(peer if on_purpose else next(iter(self._gone)))
 
     def _break(self, peer: str, tag: bytes, error: TransferError) -> None:
         """Hand an error to who waits for a tag, or keep it for who will ask."""
@@ -151,11 +191,9 @@ class Inbox:
         """Wait for a tag."""
         if self._closed is not None:
             raise ClosedError(self._closed)
-        for index, note in enumerate(self._kept):
-            if note.tag == tag and peer in (None, note.peer):
-                del self._kept[index]
-                self._let_go(note)
-                return note
+        kept = self._take_kept(tag, peer)
+        if kept is not None:
+            return kept
         for sender, broken in self._broken:
             if broken == tag and peer in (None, sender):
                 raise self._broken.pop((sender, broken))
@@ -188,8 +226,8 @@ class Inbox:
         """Yield what arrives and nobody expects, until the inbox is closed."""
         while self._closed is None:
             if self._kept:
-                note = self._kept.popleft()
-                self._let_go(note)
+                note = self._take_kept()
+                assert note is not None
                 yield note
                 continue
             reader: asyncio.Future[Notification | None] = asyncio.get_running_loop().create_future()
@@ -221,16 +259,16 @@ class Inbox:
         else:
             self._announced.pop((peer, tag), None)
 
-    def _let_go(self, note: Notification) -> None:
+    def _take_kept(self, tag: bytes | None = None, peer: str | None = None) -> Notification | None:
         was_full = self.full
-        self._kept_bytes -= len(note.tag) + 64
+        note = self._kept.take(tag, peer)
         if was_full and not self.full:
             self._on_room()
+        return note
 
     def _return_unread(self, future: asyncio.Future[Notification] | asyncio.Future[Notification | None]) -> None:
         """Give to the next a notification whose reader was cancelled, or out of time, in the turn in which it came."""
         if future.done() and not future.cancelled() and future.exception() is None:
             note = future.result()
             if note is not None and not self._hand_over(note):
-                self._kept.appendleft(note)
-                self._kept_bytes += len(note.tag) + 64
+                self._kept.add(note, first=True)

@@ -96,7 +96,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
-    """Answer to Hello: who accepted, and a value at an address to try cross-process reads on."""
+    """Answer to Hello: who accepted, a value at an address to try cross-process reads on, addresses of backends."""
 
     name: Name
     generation: Unsigned
@@ -105,6 +105,7 @@ class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
     probe_address: Unsigned
     probe_value: _Bytes16
     slots: Index
+    backends: Annotated[dict[Name, bytes], Meta(max_length=64)] = {}  # msgspec makes a new one each time
 
 
 class RegionAdded(Struct, frozen=True, tag="added"):

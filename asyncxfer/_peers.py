@@ -11,6 +11,7 @@ import os
 import weakref
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 
 from . import _channel, _identity
 from ._channel import Channel
@@ -56,7 +57,7 @@ class Peers:
         self._generations: dict[str, int] = {}
         self._listeners: weakref.WeakSet[asyncio.Queue[PeerEvent | None]] = weakref.WeakSet()
         self._cleanups: set[asyncio.Task[None]] = set()
-        self.acceptor = Acceptor(self, probe, config.handshake_timeout)
+        self.acceptor = Acceptor(self, probe, _addresses(backends), config.handshake_timeout)
         self.inbox = Inbox(config.backlog_bytes, self.acceptor.resume)
         self.me = AgentMetadata(
             name=name, generation=_identity.next_generation(), process=_identity.process(), host=_identity.host(),
@@ -105,7 +106,7 @@ class Peers:
                 metadata.name, metadata.generation, reach, link.pid, (welcome.probe_address, welcome.probe_value), link
             )
             peer = Peer(metadata, info, notify=self._notify, leave=self.leave)
-            await self._reach(peer)
+            await self._reach(peer, welcome.backends)
         except BaseException:
             outgoing.discard()
             outgoing.channel.release()
@@ -120,13 +121,15 @@ class Peers:
         )
         return peer
 
-    async def _reach(self, peer: Peer) -> None:
+    async def _reach(self, peer: Peer, addresses: Mapping[str, bytes]) -> None:
         for backend in self._backends.values():
             if peer.info.reach > backend.capabilities.reach:
                 peer.refusals[backend.name] = f"reaches no farther than {backend.capabilities.reach.name.lower()}"
                 continue
             try:
-                peer.endpoints[backend.name] = await backend.connect(peer.info)
+                peer.endpoints[backend.name] = await backend.connect(
+                    replace(peer.info, address=addresses.get(backend.name, b""))
+                )
             except BackendError as error:
                 peer.refusals[backend.name] = str(error)
 
@@ -136,7 +139,7 @@ class Peers:
         backings = [None if s.backing < 0 else (fds[s.backing], s.backing_offset) for s in info.segments]
         for name, endpoint in peer.endpoints.items():
             try:
-                region.attachments[name] = endpoint.attach(info.kind, segments, backings, b"")
+                region.attachments[name] = endpoint.attach(info.kind, segments, backings, info.exports.get(name, b""))
             except BackendError as error:
                 region.refusals[name] = str(error)
         while fds:
@@ -221,7 +224,11 @@ class Peers:
 
     def on_left(self, incoming: Incoming, why: str, *, on_purpose: bool) -> None:
         """An initiator is gone."""
-        self.inbox.lost(incoming.name, f"peer {incoming.name!r}, generation {incoming.generation}, is gone: {why}")
+        self.inbox.lost(
+            incoming.name,
+            f"peer {incoming.name!r}, generation {incoming.generation}, is gone: {why}",
+            on_purpose=on_purpose,
+        )
         state = PeerState.LEFT if on_purpose else PeerState.LOST
         self._departed(incoming.name, incoming.generation, state)
 
@@ -274,6 +281,11 @@ async def _events(queue: asyncio.Queue[PeerEvent | None]) -> AsyncIterator[PeerE
     # The queue is subscribed as long as this lives.
     while (event := await queue.get()) is not None:
         yield event
+
+
+def _addresses(backends: Mapping[str, Backend]) -> dict[str, bytes]:
+    """What each backend wants its counterpart to know."""
+    return {name: address for name, backend in backends.items() if (address := backend.address())}
 
 
 def _make_link(outgoing: Outgoing) -> Link:

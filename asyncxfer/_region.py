@@ -57,6 +57,7 @@ class Region(Indexable):
         self.slot = slot
         self.epoch = epoch
         self.registrations: dict[str, Registration] = {}
+        self.exports: dict[str, bytes] = {}
         self.backings: Backings | None = None
         self.allocation: Allocation | None = None
         self.closed: str | None = None

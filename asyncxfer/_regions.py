@@ -128,6 +128,7 @@ class Regions:
         self._count = number
         region = Region(name, memory, id=number, slot=slot, epoch=number, access=access, close=self.close, array=array)
         region.registrations = registrations
+        region.exports = {n: e for n, r in registrations.items() if (e := self._backends[n].export(r))}
         self._regions[name] = region
         return region
 

@@ -160,7 +160,7 @@ class Flights:
         self._flying.clear()
 
     async def settle(
-        self, transfers: Sequence[Transfer], *, within: float | None, status: int = _native.STATUS_CANCELLED
+        self, transfers: Sequence[Transfer], *, within: float | None, status: int = _native.STATUS_REVOKED
     ) -> None:
         """Wait until transfers have ended; those that have not after `within` seconds are stopped, for `status`."""
         waiting = [asyncio.ensure_future(t.ended()) for t in transfers]
@@ -383,7 +383,7 @@ def _failure(transfer: Transfer, status: int) -> BaseException:
 _ENDINGS: dict[int, tuple[type[TransferError], str]] = {
     _native.STATUS_TIMED_OUT: (TransferTimeout, "did not end within its timeout"),
     _native.STATUS_PEER_GONE: (PeerLostError, "lost its peer"),
-    _native.STATUS_REVOKED: (TransferError, "stopped: the peer has deregistered the region"),
+    _native.STATUS_REVOKED: (TransferError, "stopped: a region of it was deregistered, or its agent closed"),
     _native.STATUS_FAULT: (TransferError, "stopped: memory went away under it (unmapped, or its file truncated)"),
     _native.STATUS_DENIED: (
         TransferError,

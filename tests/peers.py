@@ -282,11 +282,11 @@ def _serve(sock: socket.socket) -> None:
     """Fork on demand, reap what has died, and tell when a process has stopped, until the test run ends."""
     children: dict[int, int] = {}  # pidfd: pid
     while True:
-        ready, _, _ = select.select([sock, *children], [], [])
+        ready, _, _ = select.select([sock.fileno(), *children], [], [])
         for fd in set(ready) & set(children):
             os.waitpid(children.pop(fd), 0)
             os.close(fd)
-        if sock not in ready:
+        if sock.fileno() not in ready:
             continue
         data, fds, _, _ = socket.recv_fds(sock, _FRAME, 4)
         if not data:
@@ -442,9 +442,9 @@ class Process(_Link):
         if not self.over.done():
             self.close()
         self.kill()
-        dead = self._loop.create_future()
-        self._loop.add_reader(self._pidfd, lambda: dead.done() or dead.set_result(None))
-        await dead
+        dead = asyncio.Event()
+        self._loop.add_reader(self._pidfd, dead.set)
+        await dead.wait()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 from peers import Bytes, Kind, Process, Server, make_region, pattern
 
-from asyncxfer import Agent, Peer, PeerState, Region
+from asyncxfer import Agent, Peer, PeerState, Region, Transfer
 
 __all__ = [
     "LONG", "ROWS", "SHAPE", "Cast", "Op", "Pair", "begin", "both_kinds", "both_ops", "cast_fixture", "from_far",
@@ -24,9 +24,9 @@ __all__ = [
 
 Op = Literal["put", "get"]
 
-SHAPE = (16, 1 << 20)
+SHAPE = (16, 1 << 18)
 ROWS = list(range(16))
-LONG = ROWS * 128  # 2 GiB through 16 MiB of memory: long enough to act in the middle of it
+LONG = ROWS * 512  # 2 GiB through 4 MiB of memory: long enough to act in the middle of it
 
 both_ops = pytest.mark.parametrize("op", ["put", "get"])
 both_kinds = pytest.mark.parametrize("kind", ["mapped", "ordinary"])
@@ -97,7 +97,7 @@ class Pair:
         self.region = region
         self.array = array
 
-    def post(self, op: Op, rows: list[int] = LONG, **options: Any) -> Any:
+    def post(self, op: Op, rows: list[int] = LONG, **options: Any) -> Transfer:
         """Move rows of "near" to or from the same rows of "far"."""
         call = self.agent.put if op == "put" else self.agent.get
         return call(self.region[rows], self.peer["far"][rows], **options)

@@ -85,7 +85,7 @@ async def by_agent(pair: Pair, transfer: Transfer) -> None:
     await pair.agent.aclose()
     assert all(t.done() for t in [transfer, *behind])
     outcomes = await asyncio.gather(transfer, *behind, return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} <= {Done, asyncio.CancelledError}
+    assert {type(outcome) for outcome in outcomes} <= {Done, TransferError}
     with pytest.raises(ClosedError):
         transfer.plan()  # type: ignore[operator]
 
@@ -95,7 +95,7 @@ async def by_peer(pair: Pair, transfer: Transfer) -> None:
     await pair.peer.aclose()
     assert all(t.done() for t in [transfer, *behind])
     outcomes = await asyncio.gather(transfer, *behind, return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} <= {Done, asyncio.CancelledError, PeerLostError}
+    assert {type(outcome) for outcome in outcomes} <= {Done, TransferError, PeerLostError}
     with pytest.raises(PeerLostError):
         transfer.plan()  # type: ignore[operator]
 
@@ -105,7 +105,7 @@ async def by_region(pair: Pair, transfer: Transfer) -> None:
     await pair.region.aclose()
     assert all(t.done() for t in [transfer, *behind])
     outcomes = await asyncio.gather(transfer, *behind, return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} <= {Done, asyncio.CancelledError}
+    assert {type(outcome) for outcome in outcomes} <= {Done, TransferError}
     with pytest.raises(ClosedError):
         transfer.plan()  # type: ignore[operator]
 
@@ -120,13 +120,13 @@ async def quiescent(pair: Pair, op: Op) -> None:
     """Use the memory of a transfer that is over for something else, and see that nobody else does."""
     if op == "get":
         pair.array[:] = 7
-        for _ in range(20):
+        for _ in range(5):
             assert (pair.array == 7).all()
             await asyncio.sleep(0)
         return
     before = await pair.other.call("checksum", "far")
     pair.array[:] = pattern(9, SHAPE)
-    for _ in range(20):
+    for _ in range(5):
         assert await pair.other.call("checksum", "far") == before
 
 
@@ -272,4 +272,4 @@ async def test_an_agent_closes_with_ten_thousand_transfers_in_flight(cast: Cast)
         await agent.aclose()
     assert all(transfer.done() for transfer in transfers)
     kinds = {type(transfer.exception()) for transfer in transfers}
-    assert kinds <= {type(None), asyncio.CancelledError}
+    assert kinds <= {type(None), TransferError}

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from stage import (  # noqa: F401 - the fixtures are used by their names
 )
 
 from asyncxfer import ClosedError, DescriptorError, PeerLostError, PeerState, RegistrationError, Transfer, TransferError
+from asyncxfer._descriptors import Indexable
 
 # ---- the region is taken back -------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ async def test_deregistering_while_a_user_is_stopped_inside(cast: Cast, kind: Ki
     alive = weakref.ref(array.base if kind == "mapped" else array)
     for _ in range(20):
         array[:] = 0
-        await begin(other, "put", [15, *ROWS * 32, 0])
+        await begin(other, "put", [15, *ROWS * 128, 0])
         while not array[15, 0]:  # noqa: ASYNC110 - nobody tells of bytes that arrive
             await asyncio.sleep(0)
         other.stop()
@@ -243,17 +244,19 @@ def test_the_guard_and_faulthandler_leave_each_other_alone(when: str, path: str,
 @both_ops
 async def test_rows_outside_the_region_are_refused_by_the_call(cast: Cast, kind: Kind, op: Op) -> None:
     pair = await to_far(cast, kind)
+    region: Indexable
     for region in (pair.region, pair.peer["far"]):
-        for wrong in (
-            lambda region: region[16],
-            lambda region: region[[0, 3, 99]],
-            lambda region: region.bytes[: region.nbytes + 1],
-            lambda region: region.descriptors([0, region.nbytes - 7], [8, 8]),
-            lambda region: region.descriptors([2**64 - 8], [16]),
-            lambda region: region.rows(np.array([[region.nbytes, 1]])),
-        ):
+        wrong: list[Callable[[], object]] = [
+            lambda: region[16],
+            lambda: region[[0, 3, 99]],
+            lambda: region.bytes[: region.nbytes + 1],
+            lambda: region.descriptors([0, region.nbytes - 7], [8, 8]),
+            lambda: region.descriptors([2**64 - 8], [16]),
+            lambda: region.rows(np.array([[region.nbytes, 1]])),
+        ]
+        for call in wrong:
             with pytest.raises(DescriptorError, match=r"\d"):
-                wrong(region)
+                call()
     with pytest.raises(DescriptorError, match="totals"):
         pair.agent.prepare(op, pair.region[ROWS], pair.peer["far"][[1, 2]])
     await pair.post(op, ROWS)

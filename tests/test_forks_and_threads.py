@@ -105,7 +105,7 @@ async def test_a_fork_leaves_the_parent_unharmed_and_the_child_without_an_agent(
             cast.here.notifications,
         ):
             with pytest.raises(ClosedError, match="fork"):
-                call()  # type: ignore[operator]
+                call()
         step(pair.region.aclose())
         step(pair.peer.aclose())
         step(cast.here.aclose())
@@ -140,7 +140,12 @@ async def test_a_loss_is_noticed_although_a_forked_child_lives_on(cast: Cast) ->
     """A child holds copies of all descriptors until its first line of Python runs, and of none of them after."""
     pair = await to_far(cast, "mapped")
     gate, theirs = os.pipe()
-    child = in_child(lambda: (os.close(theirs), os.read(gate, 1))[0])
+
+    def live_on() -> None:
+        os.close(theirs)
+        os.read(gate, 1)
+
+    child = in_child(live_on)
     os.close(gate)
     await cast.here.aclose()
     async with within():

@@ -27,9 +27,11 @@ from asyncxfer.abc import (
     RegistrationError,
     RemoteRegistration,
     Request,
+    Segment,
 )
 
 PIECE = 1 << 20
+ADDRESS = b"copies by a thread"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Job:
 
     request: Request
     moves: list[tuple[int, int, int]]  # to, from, bytes
+
+
+class ThreadEndpoint(Endpoint):
+    """Checks that what the peer's backend exported has arrived."""
+
+    def attach(
+        self, kind: MemoryKind, segments: tuple[Segment, ...], backings: Sequence[tuple[int, int] | None], export: bytes
+    ) -> RemoteRegistration:
+        if export != b"%d segments" % len(segments):
+            raise BackendError(f"the peer's backend exported {export!r} for {len(segments)} segments")
+        return super().attach(kind, segments, backings, export)
 
 
 class ThreadBackend(Backend):
@@ -63,7 +76,15 @@ class ThreadBackend(Backend):
     async def connect(self, peer: PeerInfo) -> Endpoint:
         if peer.reach is not Reach.PROCESS:
             raise BackendError("another process")
-        return Endpoint()
+        if peer.address != ADDRESS:
+            raise BackendError(f"the peer's backend said {peer.address!r}, expected {ADDRESS!r}")
+        return ThreadEndpoint()
+
+    def address(self) -> bytes:
+        return ADDRESS
+
+    def export(self, registration: Registration) -> bytes:
+        return b"%d segments" % len(registration.memory.segments)
 
     def offers(
         self, op: Op, local: Registration, remote: RemoteRegistration | Registration, endpoint: Endpoint | None
