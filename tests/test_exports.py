@@ -101,30 +101,18 @@ def test_a_type_checker_sees_every_public_name(tmp_path: Path) -> None:
     assert "move" in errors[0]
 
 
-IMPORT_COST = """
-import sys, time
+IMPORTED = """
+import sys
 import numpy
 before = set(sys.modules)
-start = time.process_time()
 import asyncxfer
-print(time.process_time() - start)
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
 
 
-@pytest.mark.slow
-def test_importing_it_is_cheap(tmp_path: Path) -> None:
-    # Compiled once, as an installed package is, whatever the environment of the tests says about it.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
-    command = [sys.executable, "-c", IMPORT_COST]
-    seconds, packages = [], set[str]()
-    while not seconds or (min(seconds) > 0.1 and len(seconds) < 20):  # other work on the machine slows some
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        cost, names = done.stdout.splitlines()
-        seconds.append(float(cost))
-        packages |= set(names.split())
-    assert min(seconds) < 0.1, f"import asyncxfer takes {min(seconds) * 1e3:.0f} ms over numpy; it may take 100"
+def test_importing_it_loads_little() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    packages = set(done.stdout.split())
     # msgspec takes typing_extensions where it finds them; cython_runtime is no file.
     own = {"asyncxfer", "cython_runtime", "msgspec", "numpy", "typing_extensions"}
     outside = {name for name in packages - sys.stdlib_module_names - own if not name.startswith("_")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -244,19 +245,19 @@ def test_the_guard_and_faulthandler_leave_each_other_alone(when: str, path: str,
 @both_ops
 async def test_rows_outside_the_region_are_refused_by_the_call(cast: Cast, kind: Kind, op: Op) -> None:
     pair = await to_far(cast, kind)
-    region: Indexable
-    for region in (pair.region, pair.peer["far"]):
-        wrong: list[Callable[[], object]] = [
-            lambda: region[16],
-            lambda: region[[0, 3, 99]],
-            lambda: region.bytes[: region.nbytes + 1],
-            lambda: region.descriptors([0, region.nbytes - 7], [8, 8]),
-            lambda: region.descriptors([2**64 - 8], [16]),
-            lambda: region.rows(np.array([[region.nbytes, 1]])),
-        ]
-        for call in wrong:
-            with pytest.raises(DescriptorError, match=r"\d"):
-                call()
+    size = pair.region.nbytes
+    wrong: list[Callable[[Indexable], object]] = [
+        lambda region: region[16],
+        lambda region: region[[0, 3, 99]],
+        lambda region: region.bytes[: size + 1],
+        lambda region: region.descriptors([0, size - 7], [8, 8]),
+        lambda region: region.descriptors([2**64 - 8], [16]),
+        lambda region: region.rows(np.array([[size, 1]])),
+    ]
+    regions: list[Indexable] = [pair.region, pair.peer["far"]]
+    for region, call in itertools.product(regions, wrong):
+        with pytest.raises(DescriptorError, match=r"\d"):
+            call(region)
     with pytest.raises(DescriptorError, match="totals"):
         pair.agent.prepare(op, pair.region[ROWS], pair.peer["far"][[1, 2]])
     await pair.post(op, ROWS)
