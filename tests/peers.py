@@ -343,6 +343,7 @@ class Server:
 
     def close(self) -> None:
         """End it and all its processes."""
+        self._sock.shutdown(socket.SHUT_RDWR)  # a forked child of this process may hold a copy
         self._sock.close()
         self._process.wait(10)
 

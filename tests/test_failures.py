@@ -102,9 +102,8 @@ async def test_killed_with_many_transfers_queued(cast: Cast, kind: Kind, op: Op)
     pair.other.kill()
     async with within():
         outcomes = await asyncio.gather(*transfers, return_exceptions=True)
-    # What was read from mapped memory is good; it stops a second after the loss all the same.
-    expected = {Done, PeerLostError} if op == "get" and kind == "mapped" else {PeerLostError}
-    assert {type(outcome) for outcome in outcomes} <= expected
+    # What was read from mapped memory is good, and a put that ended while the kernel was still at the kill had a peer.
+    assert {type(outcome) for outcome in outcomes} <= {Done, PeerLostError}
     await until_lost(pair)
 
 
@@ -135,7 +134,7 @@ async def test_others_do_not_notice_a_kill(cast: Cast) -> None:
     with pytest.raises(PeerLostError):
         await lost
     assert (await transfer).nbytes == len(LONG) * SHAPE[1]
-    assert (await spared.call("expect", b"all of it", timeout=2)).peer == "here"
+    assert (await spared.call("expect", b"all of it", timeout=8)).peer == "here"
     assert await spared.call("matches", "far", 1)
 
 
@@ -168,7 +167,7 @@ async def test_stopped_during_a_transfer(cast: Cast, kind: Kind, op: Op) -> None
     async with within():
         await transfer
     pair.other.resume()
-    assert (await pair.other.call("expect", b"moved", timeout=2)).tag == b"moved"
+    assert (await pair.other.call("expect", b"moved", timeout=8)).tag == b"moved"
     await pair.expect(op)
 
 
@@ -180,7 +179,7 @@ async def test_stopped_after_a_transfer_whose_notification_it_has_not_read(cast:
         await pair.post(op, ROWS, notify=b"moved")
     pair.other.stop()
     pair.other.resume()
-    assert (await pair.other.call("expect", b"moved", timeout=2)).tag == b"moved"
+    assert (await pair.other.call("expect", b"moved", timeout=8)).tag == b"moved"
     await pair.expect(op)
 
 
@@ -205,7 +204,7 @@ async def test_a_full_notification_socket_delivers_everything_once_the_peer_goes
     async with within():
         await transfer
     for tag in [*tags, b"moved"]:
-        assert (await pair.other.call("expect", tag, timeout=2)).tag == tag
+        assert (await pair.other.call("expect", tag, timeout=8)).tag == tag
     await pair.expect("put")
 
 
@@ -250,7 +249,7 @@ async def test_an_agent_that_waits_for_a_stopped_peer_closes_in_time(cast: Cast)
     async with within():
         await cast.here.aclose()
     pair.other.resume()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(TransferError, match="closed"):
         await transfer
 
 

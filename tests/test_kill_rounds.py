@@ -89,7 +89,7 @@ async def ours(here: Agent, other: Process, plan: Round, peer: Peer, path: str) 
     shape = (ROWS, plan.width)
     near = [pattern(3 + number, shape) for number in range(plan.transfers)]
     regions = [await here.register(array) for array in near]
-    remote = await peer.region("far", timeout=2)
+    remote = await peer.region("far", timeout=8)
     far = surviving(remote, plan, path)
     killing = asyncio.get_running_loop().call_later(plan.delay, other.kill)
     ended: list[str] = []
@@ -105,7 +105,7 @@ async def ours(here: Agent, other: Process, plan: Round, peer: Peer, path: str) 
                 await asyncio.sleep(0)
     except PeerLostError:
         ended.append("refused")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(8):
         ended += await asyncio.gather(*(outcome(transfer) for transfer in transfers))
     for array, how in zip(near, ended[-len(transfers) :] if transfers else [], strict=False):
         if how == "done" and plan.op == "get":
@@ -115,7 +115,7 @@ async def ours(here: Agent, other: Process, plan: Round, peer: Peer, path: str) 
         brought = np.stack([pattern(3 + number, shape)[plan.rows] for number in range(plan.transfers)])
         assert (brought == far[plan.rows]).all(axis=2).any(axis=0).all(), "wrong bytes accepted"
     killing.cancel()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(8):
         for region in regions:
             await region.aclose()
     return ended
@@ -146,7 +146,7 @@ async def theirs(here: Agent, other: Process, plan: Round, path: str) -> list[st
                 "begin", str(number), plan.op, "far", plan.rows, "near", plan.rows, peer="here",
                 notify=plan.tag(number), backend=MAPPED_OR_NOT[plan.kind],
             )  # fmt: skip
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(8):
         await other.over
     ended = await notified(waits, joined)
     if plan.op == "put" and "done" in ended:
@@ -167,7 +167,7 @@ async def notified(waits: list[asyncio.Task[Any]], joined: asyncio.Task[None]) -
     """How waits for notifications of a process that has died end."""
     done, late = await asyncio.wait(waits, timeout=0.1)
     if late and joined.done():
-        done, late = await asyncio.wait(waits, timeout=2)
+        done, late = await asyncio.wait(waits, timeout=8)
         assert not late, f"{len(late)} of {len(waits)} waits hang although the sender is gone"
     for task in (joined, *late):  # it died before it had connected: nobody knows that it was to
         task.cancel()
@@ -182,7 +182,7 @@ async def notified(waits: list[asyncio.Task[Any]], joined: asyncio.Task[None]) -
 
 async def close_quiescent(region: Region, array: Bytes) -> None:
     """Close a region whose user is dead or dying, and see that its memory is ours alone."""
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(8):
         await region.aclose()
     array[:] = 7
     await asyncio.sleep(0)
@@ -202,7 +202,7 @@ async def one(cast: Cast, plan: Round, path: str) -> list[str]:
         peer = await cast.here.connect(metadata)
         ended = await ours(cast.here, other, plan, peer, path)
         other.kill()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(8):
             while peer.lost is None:  # noqa: ASYNC110 - this is the only place that asks
                 await asyncio.sleep(0.001)
     await cast.part(other)

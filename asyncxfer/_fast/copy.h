@@ -80,8 +80,10 @@ __attribute__((target("avx"))) static inline void axf_stream(char *to, const cha
     for (; n >= 128; to += 128, from += 128, n -= 128) {
         __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 32));
         __m256i c = _mm256_loadu_si256((const __m256i *)(from + 64)), d = _mm256_loadu_si256((const __m256i *)(from + 96));
-        _mm_prefetch(from + 1024, _MM_HINT_NTA);
-        _mm_prefetch(from + 1088, _MM_HINT_NTA);
+        if (n > 1152) {
+            _mm_prefetch(from + 1024, _MM_HINT_T0);
+            _mm_prefetch(from + 1088, _MM_HINT_T0);
+        }
         _mm256_stream_si256((__m256i *)to, a), _mm256_stream_si256((__m256i *)(to + 32), b);
         _mm256_stream_si256((__m256i *)(to + 64), c), _mm256_stream_si256((__m256i *)(to + 96), d);
     }
@@ -95,6 +97,17 @@ static inline int axf_can_stream(void) { return 0; }
 static inline void axf_stream_end(void) {}
 #endif
 
+/* Asks for the beginning of the row after this one: no hardware prefetcher follows a jump to another page. */
+static inline void axf_prefetch_row(const axf_pair *pair, uint64_t row, int put) {
+    if (row == pair->count) ++pair, row = 0;
+    const char *from = (const char *)((put ? pair->local : pair->remote) +
+                                      (uint64_t)((put ? pair->local_stride : pair->remote_stride) * (int64_t)row));
+    const char *to = (const char *)((put ? pair->remote : pair->local) +
+                                    (uint64_t)((put ? pair->remote_stride : pair->local_stride) * (int64_t)row));
+    for (int i = 0; i < 1024; i += 64) __builtin_prefetch(from + i);
+    __builtin_prefetch(to, 1);
+}
+
 static inline void axf_copy_rows(const axf_pair *pair, const axf_chunk *chunk, int put, int stream) {
     uint64_t row = chunk->row, skip = chunk->skip, left = chunk->nbytes;
     for (; left; ++pair, row = 0) {
@@ -104,6 +117,7 @@ static inline void axf_copy_rows(const axf_pair *pair, const axf_chunk *chunk, i
             char *local = (char *)(pair->local + (uint64_t)(pair->local_stride * (int64_t)row) + skip);
             char *remote = (char *)(pair->remote + (uint64_t)(pair->remote_stride * (int64_t)row) + skip);
             char *to = put ? remote : local, *from = put ? local : remote;
+            if (row + 1 < pair->count || left > n) axf_prefetch_row(pair, row + 1, put);
             if (stream && n >= 1024)
                 axf_stream(to, from, n);
             else if (to + n <= from || from + n <= to)
