@@ -104,6 +104,7 @@ class Agent:
         self._executor: ThreadPoolExecutor | None = None
         self._live: _Live | None = None
         self._closed: str | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
@@ -137,15 +138,27 @@ class Agent:
     async def aclose(self) -> None:
         """Let what is in flight end, leave all peers, close all regions and backends. Again does nothing.
 
+        A call that is cancelled does not stop it: what has begun to close goes on closing, and another call waits
+        for its end.
+
         Raises
         ------
         RegistrationError
             A peer was stopped inside a transfer with a region; see `Region.aclose`.
         """
-        if self._live is None or self._closed is not None:
+        if self._ending is None:
+            if self._live is None or self._closed is not None:
+                return
+            self._ending = asyncio.ensure_future(self._leave())
+        elif self._ending.done():
             return
-        await self._directory.withdraw(self.name, self.metadata())
-        await self._end(f"agent {self.name!r} was closed")
+        await asyncio.shield(self._ending)
+
+    async def _leave(self) -> None:
+        try:
+            await self._directory.withdraw(self.name, self.metadata())
+        finally:
+            await self._end(f"agent {self.name!r} was closed")
 
     async def _end(self, why: str) -> None:
         live = self._started()

@@ -20,6 +20,8 @@ from ._memory import Access, Memory, describe
 from ._metadata import RegionInfo
 
 if TYPE_CHECKING:
+    import asyncio
+
     from ._peer import Peer
     from ._sharing import Allocation, Backings
     from .abc import Registration, RemoteRegistration
@@ -61,6 +63,7 @@ class Region(Indexable):
         self.backings: Backings | None = None
         self.allocation: Allocation | None = None
         self.closed: str | None = None
+        self.closing: asyncio.Task[None] | None = None
         self._close = close
         self._array = array
 
@@ -132,7 +135,9 @@ class Region(Indexable):
             raise ClosedError(self.closed)
 
     async def aclose(self) -> None:
-        """Take it back from all peers, wait for what is in flight, and let go of the memory.
+        """Take it back from all peers, wait for what is in flight, and let go of the memory. Again does nothing.
+
+        A call that is cancelled does not stop it; another call waits for its end.
 
         Raises
         ------

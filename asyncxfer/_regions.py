@@ -134,9 +134,16 @@ class Regions:
 
     async def close(self, region: Region) -> None:
         """Take a region back from the peers and the backends, and let go of its memory, as `Region.aclose` says."""
-        if region.closed is not None:
+        if region.closing is None:
+            if region.closed is not None:
+                return
+            region.closed = f"region {region.name!r} of agent {self._agent!r} was closed"
+            region.closing = asyncio.ensure_future(self._take_back(region))
+        elif region.closing.done():
             return
-        region.closed = f"region {region.name!r} of agent {self._agent!r} was closed"
+        await asyncio.shield(region.closing)
+
+    async def _take_back(self, region: Region) -> None:
         flights = self._flights
         inside = self._acceptor.shut(region)
         _, *drained = await asyncio.gather(

@@ -234,3 +234,18 @@ print(*(f"{w.category.__name__}: {w.message}" for w in seen), sep="\\n")
 def test_an_agent_that_is_not_closed_warns() -> None:
     done = subprocess.run([sys.executable, "-c", UNCLOSED], capture_output=True, text=True, timeout=60, check=True)
     assert "ResourceWarning: <Agent 'forgotten', open, 0 regions, 0 peers> was not closed" in done.stdout
+
+
+async def test_a_cancelled_close_goes_on_closing() -> None:
+    agent = await Agent("a").start()
+    async with Agent("b") as b, b.register(bytearray(8), name="kv"):
+        await agent.connect("b")
+        closing = asyncio.create_task(agent.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await agent.aclose()
+        assert "closed" in repr(agent)
+        assert agent.stats()["peers"] == 0
+        await until(lambda: not b.stats()["served"])

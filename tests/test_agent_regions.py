@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import gc
 import mmap
 import weakref
@@ -75,6 +76,19 @@ async def test_memory_stays_as_long_as_its_region_and_no_longer() -> None:
         gc.collect()
         assert gone() is None
         await region.aclose()  # again does nothing
+
+
+async def test_a_cancelled_close_goes_on_closing() -> None:
+    async with Agent("a") as agent:
+        region = await agent.register(bytearray(1), name="kv")
+        closing = asyncio.create_task(region.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await region.aclose()
+        assert agent.stats()["regions"] == 0
+        await agent.register(bytearray(1), name="kv")
 
 
 @pytest.mark.parametrize("huge_pages", [False, True])
