@@ -88,7 +88,7 @@ class Config:
     Parameters
     ----------
     copy_threads : int or None, threads
-        Threads of the copy engine. None chooses from the cores this process may run on.
+        Threads of the copy engine. None chooses from the cores this process may run on, and the kernel.
     inline_bytes : int, bytes
         A transfer of at most this many bytes may be copied by the calling thread itself.
     inline_rows : int, rows

@@ -80,9 +80,9 @@ __attribute__((target("avx"))) static inline void axf_stream(char *to, const cha
     for (; n >= 128; to += 128, from += 128, n -= 128) {
         __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 32));
         __m256i c = _mm256_loadu_si256((const __m256i *)(from + 64)), d = _mm256_loadu_si256((const __m256i *)(from + 96));
-        if (n > 1152) {
-            _mm_prefetch(from + 1024, _MM_HINT_T0);
-            _mm_prefetch(from + 1088, _MM_HINT_T0);
+        if (n > 2176) {
+            _mm_prefetch(from + 2048, _MM_HINT_T0);
+            _mm_prefetch(from + 2112, _MM_HINT_T0);
         }
         _mm256_stream_si256((__m256i *)to, a), _mm256_stream_si256((__m256i *)(to + 32), b);
         _mm256_stream_si256((__m256i *)(to + 64), c), _mm256_stream_si256((__m256i *)(to + 96), d);
@@ -104,7 +104,7 @@ static inline void axf_prefetch_row(const axf_pair *pair, uint64_t row, int put)
                                       (uint64_t)((put ? pair->local_stride : pair->remote_stride) * (int64_t)row));
     const char *to = (const char *)((put ? pair->remote : pair->local) +
                                     (uint64_t)((put ? pair->remote_stride : pair->local_stride) * (int64_t)row));
-    for (int i = 0; i < 1024; i += 64) __builtin_prefetch(from + i);
+    for (int i = 0; i < 2048; i += 64) __builtin_prefetch(from + i);
     __builtin_prefetch(to, 1);
 }
 

@@ -292,6 +292,7 @@ cdef void step(op_t* op, int priority) noexcept nogil:
 cdef void* worker(void* arg) noexcept nogil:
     cdef op_t* op
     cdef int priority = 0
+    axf_be_patient()            # event loops go first
     pthread_mutex_lock(&engine.lock)
     while True:
         op = ring_pop(&priority)

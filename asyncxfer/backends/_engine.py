@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,5 +77,13 @@ _STREAM_BYTES = 4 << 20
 
 
 def _default_threads() -> int:
-    """Enough to fill a memory channel or two, and never all cores: somebody has to run the event loop."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+    """Enough to fill a memory channel or two, and no core that an event loop would then wait for."""
+    cores = len(os.sched_getaffinity(0))
+    least = min(2, cores) if _loops_go_first() else 1
+    return max(least, min(8, cores // 2))
+
+
+def _loops_go_first() -> bool:
+    """Whether a thread that wakes up takes a core from the engine at once: Linux 6.12 and later."""
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return release is not None and tuple(map(int, release.groups())) >= (6, 12)
