@@ -103,6 +103,7 @@ class Channel:
         self._on_end = on_end
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         self._reading = False
+        self._dying = False
         self._ended = False
         self._buffer = bytearray(MAX_FRAME_BYTES + 1)
         self.resume()
@@ -110,16 +111,24 @@ class Channel:
     # -- receiving
 
     def pause(self) -> None:
-        """Stop receiving; the other side is held up once the socket is full."""
-        if self._reading:
+        """Stop receiving until `resume`, or until the other process ends; it is held up once the socket is full."""
+        if self._reading and not self._dying:
             self._reading = False
             self._loop.remove_reader(self.sock)
+            if self.pidfd >= 0:
+                self._loop.add_reader(self.pidfd, self._died)
 
     def resume(self) -> None:
         """Receive again."""
         if not self._reading and not self._ended:
             self._reading = True
+            if self.pidfd >= 0:
+                self._loop.remove_reader(self.pidfd)
             self._loop.add_reader(self.sock, self._readable)
+
+    def _died(self) -> None:
+        self._dying = True
+        self.resume()
 
     def _readable(self) -> None:
         for _ in range(_BURST):
@@ -192,8 +201,11 @@ class Channel:
         """Stop watching and tell the other side that this one is gone. `release` closes the descriptors."""
         if self._ended:
             return
-        self.pause()
         self._ended = True
+        self._reading = False
+        self._loop.remove_reader(self.sock)
+        if self.pidfd >= 0:
+            self._loop.remove_reader(self.pidfd)
         if self._unsent:
             self._loop.remove_writer(self.sock)
             for _, fds in self._unsent:

@@ -84,15 +84,15 @@ class Incoming:
     name, generation
         What it calls itself; empty and 0 before its hello.
     page : GatePage
-    kept : list
-        Memory that it may still write to: it was stopped inside a region that has been closed.
+    kept : dict of int to object
+        By slot, memory that it may still write to: it was stopped inside a region that has been closed.
     """
 
     def __init__(self, sock: socket.socket, acceptor: Acceptor) -> None:
         self.name = ""
         self.generation = 0
         self.page = GatePage()
-        self.kept: list[object] = []
+        self.kept: dict[int, object] = {}
         self.gone = False
         self.draining: set[int] = set()
         self._acceptor = acceptor
@@ -100,6 +100,7 @@ class Incoming:
         self.channel = Channel(sock, self._on_frame, self._on_end)
         loop = asyncio.get_running_loop()
         self._patience = loop.call_later(acceptor.patience, self._on_end, "it said no hello in time")
+        self._watch: asyncio.Handle = self._patience
 
     @property
     def joined(self) -> bool:
@@ -123,6 +124,20 @@ class Incoming:
         else:
             raise MetadataError(f"an initiator may not send {type(message).__name__} now")
 
+    def keep(self, slot: int, memory: object) -> None:
+        """Keep memory alive until the initiator has come out of a slot that was shut, or is gone."""
+        if not self.gone:
+            self.kept[slot] = memory
+            self._look_again()
+
+    def _look_again(self) -> None:
+        # A stopped process tells nobody when it goes on, and while it is stopped nobody is in a hurry.
+        for slot in [slot for slot in self.kept if self.page.shut(slot)]:
+            del self.kept[slot]
+        self._watch.cancel()
+        if self.kept:
+            self._watch = asyncio.get_running_loop().call_later(1.0, self._look_again)
+
     def admit(self, hello: Hello) -> None:
         """Note who it is."""
         self._patience.cancel()
@@ -130,6 +145,7 @@ class Incoming:
 
     def _on_end(self, why: str) -> None:
         self._patience.cancel()
+        self._watch.cancel()
         self.gone = True
         self.channel.release()
         self.page.close_fd()
@@ -141,6 +157,7 @@ class Incoming:
     def close(self) -> None:
         """Say goodbye, and end the connection without a word to the agent."""
         self._patience.cancel()
+        self._watch.cancel()
         self.gone = True
         if self.joined:
             self.channel.send(encode_frame(Bye("it was closed")))

@@ -126,11 +126,14 @@ class Plan:
                 raise DescriptorError("notify= needs a peer; both sides of this transfer belong to this agent")
         transfer = Transfer(self, flights, notify, timeout)
         flights.add(transfer)
-        if notify is not None and not self._small:
+        announced = notify is not None and not self._small
+        if announced:
             transfer.announce()  # before the data can be there: the two must not overtake each other
         try:
             self._backend.submit(self._prepared, transfer, priority)
-        except BaseException:
+        except BaseException as error:
+            if announced:
+                transfer.abandon(error)  # the receiver is told, too
             flights.discard(transfer)
             raise
         if transfer.inlined:

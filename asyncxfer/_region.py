@@ -63,7 +63,7 @@ class Region(Indexable):
         self.backings: Backings | None = None
         self.allocation: Allocation | None = None
         self.closed: str | None = None
-        self.closing: asyncio.Task[None] | None = None
+        self.closing: asyncio.Task[str] | None = None
         self._close = close
         self._array = array
 

@@ -141,9 +141,15 @@ class Regions:
             region.closing = asyncio.ensure_future(self._take_back(region))
         elif region.closing.done():
             return
-        await asyncio.shield(region.closing)
+        stuck = await asyncio.shield(region.closing)
+        if stuck:
+            raise RegistrationError(
+                f"{region.closed}, but {stuck} was stopped inside a transfer with it; its memory is kept alive until "
+                "that process goes on or ends, do not reuse it for something else"
+            )
 
-    async def _take_back(self, region: Region) -> None:
+    async def _take_back(self, region: Region) -> str:
+        """Do so; gives the names of the peers that were stopped inside it."""
         flights = self._flights
         inside = self._acceptor.shut(region)
         _, *drained = await asyncio.gather(
@@ -160,12 +166,10 @@ class Regions:
         memory = region.forget()
         if late:
             for incoming in late:
-                incoming.kept.append(memory)
-            raise RegistrationError(
-                f"{region.closed}, but {', '.join(repr(i.name) for i in late)} was stopped inside a transfer with it; "
-                "its memory is kept alive until that process goes on or ends, do not reuse it for something else"
-            )
+                incoming.keep(region.slot, memory)
+            return ", ".join(repr(incoming.name) for incoming in late)
         self._free_slots.append(region.slot)
+        return ""
 
     def drop(self, why: str) -> None:
         """In a forked child: the regions are the parent's, and stay open to its peers."""

@@ -237,6 +237,11 @@ class Transfer(Completion):
         state = "in flight" if not self.done() else "done" if self.status == 0 else "failed"
         return f"<Transfer: {self.plan}, {state}>"
 
+    def abandon(self, error: BaseException) -> None:
+        """End it, as failed, for a caller who is told at once."""
+        self._asked = True
+        self.fail(error)
+
     # -- awaiting
 
     def __await__(self) -> Generator[Any, None, Done]:

@@ -169,6 +169,11 @@ class Puppet:
         """Send a bare notification."""
         return await self._peers[peer].notify(tag)
 
+    async def flood(self, tag: bytes, count: int, *, peer: str) -> None:
+        """Send many bare notifications, and do not wait for any."""
+        for _ in range(count):
+            self._peers[peer].notify(tag)
+
     async def expect(self, tag: bytes, *, peer: str | None = None, timeout: float | None = None) -> Notification:
         """Wait for a notification."""
         return await self._started.expect(tag, peer=peer, timeout=timeout)

@@ -6,13 +6,13 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from lent import Lent, until
-from thread_backend import ThreadBackend
+from thread_backend import Job, ThreadBackend
 
 from asyncxfer import (
     Agent,
@@ -28,6 +28,7 @@ from asyncxfer import (
     Transfer,
     TransferError,
 )
+from asyncxfer.abc import Completion
 
 
 class Parts(NamedTuple):
@@ -344,3 +345,29 @@ async def test_figures(pair: Pair) -> None:
     assert (stats["in_flight"], stats["regions"], stats["peers"]) == (0, 1, 1)
     assert stats["backends"] == ["local", "shm"]
     assert stats["threads"] >= 0
+
+
+class Refusing(ThreadBackend):
+    """A backend that cannot take another transfer."""
+
+    name: ClassVar[str] = "refusing"
+
+    def submit(self, prepared: Job, completion: Completion, priority: int = 0) -> None:
+        raise MemoryError("no room")
+
+
+async def test_who_expects_a_notification_learns_that_its_transfer_was_never_posted() -> None:
+    async with (
+        Agent("a", backends=[Refusing]) as a,
+        Agent("b", backends=[Refusing]) as b,
+        a.register(bytearray(8)) as here,
+        b.register(bytearray(8), name="kv"),
+    ):
+        peer = await a.connect("b")
+        expected = asyncio.create_task(b.expect(b"tag"))
+        await asyncio.sleep(0)
+        with pytest.raises(MemoryError, match="no room"):
+            a.put(here[:], peer["kv"][:], notify=b"tag")
+        with pytest.raises(TransferError, match="failed"):
+            await expected
+        assert a.stats()["in_flight"] == 0

@@ -11,7 +11,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from peers import Kind, moving, pattern
+from peers import Kind, Server, moving, pattern
 from stage import (  # noqa: F401 - the fixtures are used by their names
     LONG,
     ROWS,
@@ -30,7 +30,7 @@ from stage import (  # noqa: F401 - the fixtures are used by their names
     within,
 )
 
-from asyncxfer import Done, PeerLostError, PeerState, TransferError, TransferTimeout
+from asyncxfer import Agent, Done, PeerLostError, PeerState, TransferError, TransferTimeout
 
 # ---- the target is killed -----------------------------------------------------------------------------------------
 
@@ -288,6 +288,18 @@ async def test_the_only_sender_is_killed_before_it_sends_anything(cast: Cast) ->
     async with within():
         with pytest.raises(PeerLostError, match="there"):
             await expected
+
+
+async def test_a_sender_is_killed_that_had_said_more_than_is_taken(server: Server) -> None:
+    cast = Cast(server, await Agent("here", config={"backlog_bytes": 1 << 16}).start())
+    other, _, _ = await from_far(cast, "mapped")
+    expected = asyncio.ensure_future(cast.here.expect(b"never"))
+    await other.call("flood", bytes(4000), 400, peer="here")
+    other.kill()
+    async with within():
+        with pytest.raises(PeerLostError, match="there"):
+            await expected
+    await cast.leave()
 
 
 async def test_one_of_two_senders_is_killed(cast: Cast) -> None:
