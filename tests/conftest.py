@@ -27,6 +27,8 @@ import pytest
 import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
 
+pytest_plugins = ["stage"]  # its fixtures, for all tests
+
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,
@@ -43,6 +45,8 @@ MAY_BLOCK: tuple[tuple[str, frozenset[str]], ...] = (
     ("asyncxfer/backends/shm.py", frozenset({"examine", "_refusal"})),
     # Entry points are read, and backends imported, once when an agent starts.
     ("asyncxfer/_plugins.py", frozenset({"available", "load"})),
+    # What measures us has a lock of its own, which another thread under measurement may hold for a moment.
+    ("coverage/collector.py", frozenset({"lock_data"})),
 )
 
 # How long something that ends on its own (a thread, a child) may take to do so after its test.

@@ -1,6 +1,6 @@
 """The stage for tests between two processes: this one's agent "here" with a region "near", another's with "far".
 
-Imported by test modules, which name the two fixtures that they need: `server_fixture` and `cast_fixture`.
+`conftest.py` makes its two fixtures, `server` and `cast`, known to all tests.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from peers import Kind, moving, pattern
-from stage import (  # noqa: F401 - the fixtures are used by their names
+from stage import (
     LONG,
     ROWS,
     SHAPE,
@@ -22,8 +22,6 @@ from stage import (  # noqa: F401 - the fixtures are used by their names
     Pair,
     both_kinds,
     both_ops,
-    cast_fixture,
-    server_fixture,
     to_far,
     within,
 )

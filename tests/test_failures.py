@@ -12,7 +12,7 @@ import contextlib
 import numpy as np
 import pytest
 from peers import Kind, Server, moving, pattern
-from stage import (  # noqa: F401 - the fixtures are used by their names
+from stage import (
     LONG,
     ROWS,
     SHAPE,
@@ -22,9 +22,7 @@ from stage import (  # noqa: F401 - the fixtures are used by their names
     begin,
     both_kinds,
     both_ops,
-    cast_fixture,
     from_far,
-    server_fixture,
     to_far,
     until_lost,
     within,

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from peers import Kind, make_region, moving, pattern
-from stage import (  # noqa: F401 - the fixtures are used by their names
+from stage import (
     LONG,
     ROWS,
     SHAPE,
@@ -32,11 +32,8 @@ from stage import (  # noqa: F401 - the fixtures are used by their names
     begin,
     both_kinds,
     both_ops,
-    cast_fixture,
     from_far,
-    server_fixture,
     to_far,
-    until_lost,
     within,
 )
 

@@ -22,19 +22,16 @@ import numpy as np
 import pytest
 from conftest import LOOPS
 from peers import Kind, moving, pattern
-from stage import (  # noqa: F401 - the fixtures are used by their names
+from stage import (
     LONG,
     ROWS,
     SHAPE,
     Cast,
     Op,
-    Pair,
     begin,
     both_kinds,
     both_ops,
-    cast_fixture,
     from_far,
-    server_fixture,
     to_far,
     within,
 )

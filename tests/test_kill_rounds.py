@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from peers import Bytes, Kind, Process, make_region, map_file, pattern
-from stage import Cast, Op, cast_fixture, server_fixture  # noqa: F401 - the fixtures are used by their names
+from stage import Cast, Op
 
 from asyncxfer import Agent, Done, Peer, PeerEvent, PeerLostError, Region, Transfer
 
