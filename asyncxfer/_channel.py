@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import array
 import asyncio
+import fcntl
 import os
 import secrets
 import socket
 import struct
+import termios
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -87,6 +89,11 @@ class Channel:
         Called with each frame and the descriptors that came with it, which it owns.
     on_end : callable
         Called once, with the reason, when the other side has closed or broke the rules. Not after `close`.
+
+    Attributes
+    ----------
+    heard : float, seconds
+        When something was received last, by the loop's clock.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Channel:
         self.credentials = Credentials(sock)
         self.pidfd = _open_pidfd(sock, self.credentials.pid)
         self._loop = asyncio.get_running_loop()
+        self.heard = self._loop.time()
         self._on_frame = on_frame
         self._on_end = on_end
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
@@ -109,6 +117,11 @@ class Channel:
         self.resume()
 
     # -- receiving
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is received for now."""
+        return not (self._reading or self._ended)
 
     def pause(self) -> None:
         """Stop receiving until `resume`, or until the other process ends; it is held up once the socket is full."""
@@ -146,6 +159,7 @@ class Channel:
         except OSError as error:
             self._end(f"the connection broke: {error.strerror}")
             return False
+        self.heard = self._loop.time()
         fds = array.array("i")
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -175,6 +189,14 @@ class Channel:
             self._unsent.append((frame, [os.dup(fd) for fd in fds]))
             if len(self._unsent) == 1 and not self._ended:
                 self._loop.add_writer(self.sock, self._writable)
+
+    def beat(self, frame: bytes) -> None:
+        """Send a frame that says no more than that this side is alive, unless the other has something to read yet."""
+        if self._ended or self._unsent:
+            return
+        unread = struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0]
+        if not unread:
+            self._transmit(frame, ())
 
     def _transmit(self, frame: bytes, fds: Sequence[int]) -> bool:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

@@ -105,6 +105,8 @@ class Config:
         Longest that a peer may take to answer once it accepted the connection.
     close_timeout : float, seconds
         Longest that a peer's goodbye is waited for when an agent closes.
+    suspect_after : float, seconds
+        How long a peer may be silent before its state is "suspect".
     notification_bytes : int, bytes
         Largest tag that a notification may carry.
     backlog_bytes : int, bytes
@@ -127,6 +129,7 @@ class Config:
     connect_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 10.0
     handshake_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 1.5
     close_timeout: Annotated[float, _Range(0.0, 3600.0, "seconds")] = 1.0
+    suspect_after: Annotated[float, _Range(0.1, 3600.0, "seconds")] = 3.0
     notification_bytes: Annotated[int, _Range(1, 32 * _KIB, "bytes")] = 32 * _KIB
     backlog_bytes: Annotated[int, _Range(64 * _KIB, _TIB, "bytes")] = 64 * _MIB
     prefault: bool = False

@@ -19,6 +19,7 @@ from ._errors import MetadataError, PeerLostError, TransferTimeout
 from ._fast.link import SLOTS, GatePage
 from ._metadata import (
     AgentMetadata,
+    Beat,
     Bye,
     Hello,
     NoteKind,
@@ -121,6 +122,8 @@ class Incoming:
             self._acceptor.welcome(self, message)
         elif isinstance(message, Bye) and self.joined:
             self._leaving = message.reason or "it left"
+        elif isinstance(message, Beat) and self.joined:
+            _answer(message, self.channel)
         else:
             raise MetadataError(f"an initiator may not send {type(message).__name__} now")
 
@@ -362,6 +365,8 @@ class Outgoing:
                 self._ready.set_result(self._welcome)
             elif isinstance(message, Bye):
                 self._leaving = message.reason or "it left"
+            elif isinstance(message, Beat):
+                _answer(message, self.channel)
             elif isinstance(message, Refused):
                 self._leaving = f"it refused the connection: {message.reason}"
             else:
@@ -410,6 +415,14 @@ class Outgoing:
         self._early.clear()
         if self._page_fd >= 0:
             os.close(self.take_page())
+
+
+def _answer(beat: Beat, channel: Channel) -> None:
+    if beat.asks:
+        channel.beat(_HERE)
+
+
+_HERE = encode_frame(Beat(asks=False))
 
 
 def _close_all(fds: Iterable[int]) -> None:

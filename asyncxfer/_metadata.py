@@ -29,6 +29,7 @@ __all__ = [
     "MAX_TAG_BYTES",
     "PROTOCOL",
     "AgentMetadata",
+    "Beat",
     "Bye",
     "Frame",
     "Hello",
@@ -124,6 +125,18 @@ class Ready(Struct, frozen=True, tag="ready"):
     """All regions that existed at the handshake have been sent."""
 
 
+class Beat(Struct, frozen=True, tag="beat"):
+    """The sender's event loop turns; it wants to know whether the other's does.
+
+    Attributes
+    ----------
+    asks : bool
+        False in the answer.
+    """
+
+    asks: bool = True
+
+
 class Bye(Struct, frozen=True, tag="bye"):
     """The sender leaves on purpose."""
 
@@ -136,7 +149,7 @@ class Refused(Struct, frozen=True, tag="refused"):
     reason: _Text
 
 
-Frame: TypeAlias = Hello | Welcome | RegionAdded | RegionRemoved | Ready | Bye | Refused
+Frame: TypeAlias = Hello | Welcome | RegionAdded | RegionRemoved | Ready | Beat | Bye | Refused
 
 
 class NoteKind(enum.IntEnum):

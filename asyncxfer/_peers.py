@@ -10,7 +10,7 @@ import asyncio
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 
 from . import _channel, _identity
@@ -22,6 +22,7 @@ from ._fast import completion, outbox
 from ._fast.link import PAGE_BYTES, Link
 from ._fast.memory import Mapping as MemoryMapping
 from ._inbox import Inbox
+from ._liveness import Liveness, Who
 from ._metadata import AgentMetadata, NoteKind, RegionInfo
 from ._peer import Peer, PeerEvent, PeerState
 from ._plan import Notice
@@ -58,6 +59,7 @@ class Peers:
         self._listeners: weakref.WeakSet[asyncio.Queue[PeerEvent | None]] = weakref.WeakSet()
         self._cleanups: set[asyncio.Task[None]] = set()
         self.acceptor = Acceptor(self, probe, _addresses(backends), config.handshake_timeout)
+        self._liveness = Liveness(config.suspect_after, self._channels, self._on_silence)
         self.inbox = Inbox(config.backlog_bytes, self.acceptor.resume)
         self.me = AgentMetadata(
             name=name, generation=_identity.next_generation(), process=_identity.process(), host=_identity.host(),
@@ -248,6 +250,23 @@ class Peers:
             del self._present[name, generation]
             self._tell(PeerEvent(name, generation, state))
 
+    def _channels(self) -> Iterator[tuple[Who, Channel]]:
+        """Every connection that is up, both ways."""
+        for peer, outgoing in self._outgoing.items():
+            if peer.lost is None:
+                yield Who(peer.name, peer.generation), outgoing.channel
+        for incoming in self.acceptor.incoming:
+            if incoming.joined:
+                yield Who(incoming.name, incoming.generation), incoming.channel
+
+    def _on_silence(self, who: Who, silent: bool) -> None:
+        """A peer has become silent, or is heard again."""
+        state = PeerState.SUSPECT if silent else PeerState.JOINED
+        peer = self._peers.get(who.name)
+        if peer is not None and peer.generation == who.generation and peer.lost is None:
+            peer.state = state
+        self._tell(PeerEvent(who.name, who.generation, state))
+
     def _tell(self, event: PeerEvent) -> None:
         for listener in list(self._listeners):
             listener.put_nowait(event)
@@ -262,6 +281,7 @@ class Peers:
 
     async def close(self, why: str) -> None:
         """Stop answering, and end every wait. All peers have been left."""
+        self._liveness.close()
         while self._cleanups:
             await asyncio.wait(self._cleanups)
         self.inbox.close(why)

@@ -146,7 +146,7 @@ async def begin(other: Process, op: Op, rows: list[int] = LONG, *, key: str = "t
 async def until_lost(pair: Pair) -> None:
     """Wait until the agent knows that its peer is gone."""
     async with within(), contextlib.aclosing(pair.agent.events()) as events:  # type: ignore[type-var]
-        if pair.peer.state is PeerState.JOINED:
+        if pair.peer.state in (PeerState.JOINED, PeerState.SUSPECT):
             async for event in events:
                 if event.state is PeerState.LOST:
                     return

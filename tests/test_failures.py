@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import numpy as np
 import pytest
@@ -261,6 +262,42 @@ async def test_connecting_to_a_stopped_process_times_out(cast: Cast) -> None:
     other.resume()
     async with within():
         assert (await cast.here.connect(metadata)).state is PeerState.JOINED
+
+
+async def test_a_stopped_process_is_suspect_until_it_goes_on(server: Server) -> None:
+    cast = Cast(server, await Agent("here", config={"suspect_after": 0.4}).start())
+    events = cast.here.events()
+    pair = await to_far(cast, "mapped")  # its own patience is the usual one
+    await pair.other.call("connect", cast.here.metadata())  # two connections, one peer
+    assert (await anext(events)).state is PeerState.JOINED
+
+    async def changes_to(state: PeerState) -> None:
+        assert (await anext(events))[::2] == ("there", state)
+        assert pair.peer.state is state
+
+    async with within():
+        await pair.post("put", ROWS)
+        pair.other.stop()
+        await changes_to(PeerState.SUSPECT)
+        await pair.post("get", ROWS)  # what can still move does
+        pair.other.resume()
+        await changes_to(PeerState.JOINED)
+        pair.other.stop()
+        assert (await anext(events)).state is PeerState.SUSPECT
+        pair.other.kill()
+        assert (await anext(events)).state is PeerState.LOST
+    await cast.leave()
+
+
+async def test_nobody_is_suspect_because_this_loop_was_held_up(server: Server) -> None:
+    cast = Cast(server, await Agent("here", config={"suspect_after": 0.4}).start())
+    events = cast.here.events()
+    await to_far(cast, "mapped")
+    assert (await anext(events)).state is PeerState.JOINED
+    time.sleep(1.0)  # noqa: ASYNC251 - that is the test
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(events), 1.0)
+    await cast.leave()
 
 
 # ---- the initiator is killed --------------------------------------------------------------------------------------

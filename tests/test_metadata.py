@@ -93,6 +93,7 @@ FRAMES: st.SearchStrategy[wire.Frame] = st.one_of(
     st.builds(wire.RegionAdded, regions()),
     st.builds(wire.RegionRemoved, U64),
     st.builds(wire.Ready),
+    st.builds(wire.Beat, st.booleans()),
     st.builds(wire.Bye, NAMES),
     st.builds(wire.Refused, NAMES),
 )
