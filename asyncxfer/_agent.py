@@ -382,7 +382,7 @@ class Agent:
         ----------
         local, remote : DescriptorList
             Of regions of this agent and of a peer; equal byte totals, in any number of rows. Where both lie in the
-            same memory they must not overlap; rows that are written twice end as either of the two.
+            same memory they must not overlap; bytes that are written twice end as either of the two.
         notify : bytes or None
             Tag that the peer receives once the data is visible there.
         timeout : float or None, seconds

@@ -334,7 +334,7 @@ async def test_an_agent_is_closed_under_threads_that_post(cast: Cast) -> None:
 
     threads = asyncio.ensure_future(asyncio.to_thread(in_threads, work))
     await asyncio.to_thread(started.wait, 10)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(40):  # five threads that never rest, on few cores, under a coverage measurement
         await cast.here.aclose()
         await threads
 
@@ -353,7 +353,7 @@ async def test_other_loops_than_the_agents_await(cast: Cast, kind: Kind, op: Op,
             await asyncio.gather(*(pair.post(op, ROWS) for _ in range(5)))
         rows = [row async for row in pair.post(op, ROWS)]
         assert sorted(rows) == ROWS
-        transfer = pair.post(op)
+        transfer = pair.post(op, LONG * 8)  # it must not end before this loop has had a turn
         await moving(transfer)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.001):
