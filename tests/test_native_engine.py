@@ -218,6 +218,8 @@ ENDLESS: dict[str, Any] = {"rows": 1 << 22, "chunk_bytes": 1 << 20}
 def test_priorities_and_turns() -> None:
     with queue() as made:
         order: list[str] = []
+        cork = Completion(made, 1, True)  # one chunk that takes long: nothing begins before all have been posted
+        engine.submit(work_over(None, rows=100_000, chunk_bytes=1 << 40, chunk_rows=1 << 20), cork)
         plug = Named(made, order, "plug")
         engine.submit(work_over(None, **ENDLESS), plug)
         posted = [plug]
@@ -229,7 +231,7 @@ def test_priorities_and_turns() -> None:
         wait(made, *posted[2:])
         assert (plug.done(), posted[1].done()) == (False, False)
         assert plug.stop(native.STATUS_CANCELLED)
-        wait(made, *posted)
+        wait(made, *posted, cork)
         assert plug.status == native.STATUS_CANCELLED
         assert set(order[:4]) == {"normal 1", "normal 2", "urgent 1", "urgent 2"}
         for kind in ("normal", "urgent"):
