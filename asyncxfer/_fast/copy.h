@@ -104,7 +104,8 @@ static inline void axf_prefetch_row(const axf_pair *pair, uint64_t row, int put)
                                       (uint64_t)((put ? pair->local_stride : pair->remote_stride) * (int64_t)row));
     const char *to = (const char *)((put ? pair->remote : pair->local) +
                                     (uint64_t)((put ? pair->remote_stride : pair->local_stride) * (int64_t)row));
-    for (int i = 0; i < 2048; i += 64) __builtin_prefetch(from + i);
+    uint64_t n = pair->length < 2048 ? pair->length : 2048;
+    for (uint64_t i = 0; i < n; i += 64) __builtin_prefetch(from + i);
     __builtin_prefetch(to, 1);
 }
 
