@@ -126,7 +126,7 @@ class Plan:
                 raise DescriptorError("notify= needs a peer; both sides of this transfer belong to this agent")
         transfer = Transfer(self, flights, notify, timeout)
         flights.add(transfer)
-        announced = notify is not None and not self._small
+        announced = notify is not None and not self._small and not self._backend.carries_notes
         if announced:
             transfer.announce()  # before the data can be there: the two must not overtake each other
         try:

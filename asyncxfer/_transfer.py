@@ -299,6 +299,12 @@ class Transfer(Completion):
         if self.remaining is not None and not self._ended:
             self._timer = self._flights.loop.call_later(self.remaining, self.stop, _native.STATUS_TIMED_OUT)
 
+    def _post_note(self, told: Callable[[bool], None]) -> None:
+        """Have the control channel deliver the note; an early end ends the wait for that."""
+        loop = self._flights.loop
+        self.post(lambda: loop.call_soon_threadsafe(told, False))
+        super()._post_note(told)
+
     def _settled(self) -> None:
         self._ended = True
         if self._timer is not None:

@@ -26,8 +26,11 @@ from ._fast.completion import Completion
 from ._memory import Memory, Segment
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from ._config import Config
-    from ._fast.link import Link
+    from ._fast.link import GatePage, Link
+    from ._fast.tls import Connection
 
 __all__ = [
     "Backend",
@@ -48,6 +51,8 @@ __all__ = [
     "RemoteRegistration",
     "Request",
     "Segment",
+    "Service",
+    "Stream",
 ]
 
 Op: TypeAlias = Literal["put", "get"]
@@ -116,6 +121,25 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """A connection between two agents that core has made for a backend; each side has proven who it is.
+
+    Attributes
+    ----------
+    fd : int
+        A connected, non-blocking TCP socket. It belongs to whoever is given the stream.
+    index : int
+        Which of the backend's connections to this peer; a new one with the same index replaces the old.
+    tls : Connection or None
+        Encryption, its handshake done; None: plain.
+    """
+
+    fd: int
+    index: int
+    tls: Connection | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PeerInfo:
     """A peer that has been connected, as a backend sees it.
 
@@ -133,6 +157,9 @@ class PeerInfo:
         The control connection, for native code.
     address : bytes
         What the peer's own backend of this kind returned from `Backend.address`.
+    dial : callable or None
+        Makes the connection of some index to the peer's backend of this name, or raises PeerLostError or
+        BackendError; None for peers of this host that did not come over the network.
     """
 
     name: str
@@ -142,6 +169,7 @@ class PeerInfo:
     probe: tuple[int, bytes]
     link: Link
     address: bytes = b""
+    dial: Callable[[int], Awaitable[Stream]] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -235,6 +263,35 @@ class Request:
     keep: tuple[object, ...] = field(default=(), repr=False)
 
 
+class Service(abc.ABC):
+    """What a backend does for one initiator that came over the network: it serves it this agent's regions."""
+
+    @abc.abstractmethod
+    def open(self, slot: int, epoch: int, registration: Registration, access: str) -> None:
+        """Serve a region from now on.
+
+        Parameters
+        ----------
+        slot, epoch : int
+            How requests name it, and the gate that they pass: see `GatePage`.
+        registration : Registration
+        access : {"r", "w", "rw"}
+            What this initiator may do with it: get from it, put to it.
+        """
+
+    @abc.abstractmethod
+    def shut(self, slot: int) -> None:
+        """Forget a region; its gate has been shut and nobody is inside."""
+
+    @abc.abstractmethod
+    def adopt(self, stream: Stream) -> None:
+        """Serve requests that come over a connection of this initiator."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End all its connections; when this returns, nothing of the service touches any region."""
+
+
 class Backend(abc.ABC):
     """One way of moving bytes.
 
@@ -245,6 +302,8 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+    carries_notes: ClassVar[bool] = False
+    """Whether it delivers notifications behind the data itself, and tells of failures."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -311,6 +370,18 @@ class Backend(abc.ABC):
     def export(self, registration: Registration) -> bytes:
         """What peers need to know of a region (a remote key, say); handed to their `Endpoint.attach`."""
         return b""
+
+    def serve(self, page: GatePage, tell: Callable[[int, bytes], None]) -> Service | None:
+        """Serve an initiator that has joined over the network; None where the backend has no connections of its own.
+
+        Parameters
+        ----------
+        page : GatePage
+            The gates of this agent's regions as they are open to this initiator.
+        tell : callable
+            Called on the agent's loop with the kind and the tag of each notification that came with data.
+        """
+        return None
 
     def prepare(self, request: Request) -> Any:
         """Make a request ready to be submitted many times."""

@@ -38,6 +38,9 @@ cdef struct op_t:
     const char* note
     size_t note_bytes
     int has_note
+    int carried                 # the backend delivers the note itself, or has told of the failure
+    int letter                  # ended but for the note, which the control channel delivers from the loop
+    void (*on_stop)(op_t*) noexcept nogil   # the backend's own: somebody asks for an early end
     int put
     int inline_                 # ends within the call that posts it: no queue, no wake-up
     int state                   # atomic: 0 in flight, 1 ended

@@ -91,7 +91,11 @@ cdef void op_finish(op_t* op, int status, int error) noexcept nogil:
         status = axf_load(&op.stop)
     if status == OK and op.put and op.link != NULL and axf_link_gone(op.link):
         status = PEER_GONE
-    if op.has_note:
+    if op.has_note and not op.carried and op.link.remote:
+        op.status, op.error, op.letter, op.inline_ = status, error, 1, 0
+        enqueue(op.queue, &op.final)
+        return
+    if op.has_note and not op.carried:
         rc = EAGAIN
         if not axf_load(&op.link.queued):
             rc = axf_link_note(op.link, c'N' if status == OK else c'F', op.note, op.note_bytes)
@@ -191,7 +195,11 @@ cdef int dispatch(node_t* node) except -1:
     if node == &op.progress:
         axf_store(&op.progress_queued, 0)
         completion._progressed()
+    elif op.letter == 1:
+        op.letter = 2
+        completion._post_note(completion._told)
     else:
+        op.letter = 0
         completion.release()
         completion._settled()
     return 0
@@ -271,7 +279,7 @@ cdef class Completion:
 
     def announce(self) -> None:
         """Tell the receiver that a notification is on its way, so that it learns when the sender is lost."""
-        if self.op.has_note and axf_load(&self.op.state) == 0:
+        if self.op.has_note and axf_load(&self.op.state) == 0 and not self.op.link.remote:
             axf_link_note(self.op.link, c'I', self.op.note, self.op.note_bytes)
 
     def stop(self, int status) -> bool:
@@ -279,6 +287,8 @@ cdef class Completion:
         if axf_load(&self.op.state) or not axf_claim(&self.op.stop, 0, status):
             return False
         outbox_wake()
+        if self.op.on_stop != NULL:
+            self.op.on_stop(&self.op)
         if self._stopper is not None:
             self._stopper()
         return True
@@ -322,6 +332,22 @@ cdef class Completion:
     def marks(self) -> bytes:
         """One byte a chunk of the engine's work, 1 where it has been moved; empty where there are no chunks."""
         return b"" if self.op.marks == NULL else <bytes>(<char*>self.op.marks)[: self.op.chunks]
+
+    def _post_note(self, told) -> None:
+        """Called on the loop of the queue when all but the note to a peer on another host is done; `told` ends it."""
+        if self._link.post is None:
+            told(False)
+        else:
+            self._link.post(b"N" if self.op.status == OK else b"F", self._note, told)
+
+    def _told(self, bint delivered) -> None:
+        # Once: after the delivery, its failure, or the early end of what waits for it, whichever is first.
+        cdef int status = self.op.status
+        if self.op.letter == 2:
+            self.op.letter = 3
+            if status == OK and not delivered:
+                status = axf_load(&self.op.stop) or PEER_GONE
+            op_settle(&self.op, status, self.op.error)
 
     def _settled(self) -> None:
         """Called on the loop of the queue, once, when a transfer that did not end inline has ended."""

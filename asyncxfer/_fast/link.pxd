@@ -8,6 +8,8 @@ from asyncxfer._fast.native cimport axf_gate, axf_link, axf_page
 cdef class Link:
     cdef axf_link c
     cdef object _page
+    cdef bint counted
+    cdef public object post
 
 
 cdef class GatePage:

@@ -68,8 +68,14 @@ cdef class Link:
         Control socket and process descriptor, both the caller's and open until after `close`; pidfd may be -1.
     pid : int
         The peer's process, in this process's namespace.
-    page : Mapping
-        The page that the target sent.
+    page : Mapping or None
+        The page that the target sent; None for a peer on another host, which guards its regions itself.
+
+    Attributes
+    ----------
+    post : callable or None
+        For a peer on another host: takes the kind of a notification (``b"N"``, ``b"F"``), its tag, and what to call,
+        on the loop, with True once it has been delivered or False once it never will be.
 
     Raises
     ------
@@ -79,23 +85,33 @@ cdef class Link:
 
     def __cinit__(self, int fd, int pidfd, int pid, page):
         global _live
-        cdef axf_page* p = <axf_page*><uintptr_t>page.address
-        if page.nbytes < AXF_PAGE_BYTES or p.magic != AXF_PAGE_MAGIC or p.slots != AXF_SLOTS:
+        cdef axf_page* p = NULL
+        if page is not None:
+            p = <axf_page*><uintptr_t>page.address
+        if page is None:
+            self.c.remote = 1
+        elif page.nbytes < AXF_PAGE_BYTES or p.magic != AXF_PAGE_MAGIC or p.slots != AXF_SLOTS:
             raise ValueError("the page that the peer sent is not a link page of this version")
         self._page = page
         self.c.fd, self.c.pidfd, self.c.pid, self.c.page = fd, pidfd, pid, p
         self.c.alive = 1
+        self.counted = True
         _live += 1
 
     def __dealloc__(self):
         global _live
-        if self.c.page != NULL:
+        if self.counted:
             _live -= 1
 
     @property
     def alive(self) -> bool:
         """Whether neither side has closed, as far as this side has noticed."""
         return axf_load(&self.c.alive) == 1
+
+    @property
+    def remote(self) -> bool:
+        """Whether the peer is on another host."""
+        return self.c.remote == 1
 
     @property
     def pid(self) -> int:
@@ -112,14 +128,14 @@ cdef class Link:
         A backend in Python that touches the peer's memory itself does so between the two, in pieces that take no
         longer than a fraction of a second: as long as it is inside, the peer waits to let go of the region.
         """
-        if slot >= AXF_SLOTS:
-            raise IndexError(f"slot {slot} of {AXF_SLOTS}")
+        if slot >= AXF_SLOTS or self.c.page == NULL:
+            raise IndexError(f"slot {slot} of {0 if self.c.page == NULL else AXF_SLOTS}")
         return axf_gate_enter(axf_gate_at(self.c.page, slot), epoch) == 1
 
     def leave(self, uint32_t slot) -> None:
         """Come out again, after `enter` has let in."""
-        if slot >= AXF_SLOTS:
-            raise IndexError(f"slot {slot} of {AXF_SLOTS}")
+        if slot >= AXF_SLOTS or self.c.page == NULL:
+            raise IndexError(f"slot {slot} of {0 if self.c.page == NULL else AXF_SLOTS}")
         axf_gate_leave(axf_gate_at(self.c.page, slot))
 
     def close(self) -> None:

@@ -124,6 +124,7 @@ typedef struct {
     int alive;  /* 0 once either side has closed */
     int queued; /* notifications that wait in the outbox; while there are any, none overtakes them */
     int full;   /* the outbox's own: found full in this sweep */
+    int remote; /* the peer is on another host: there is no socket to write to here, and no page */
     axf_page *page;
 } axf_link;
 
@@ -131,6 +132,7 @@ typedef struct {
  * inherited copy in a forked child could hold it open), the pidfd the last. */
 static inline int axf_link_gone(const axf_link *link) {
     if (!axf_load(&link->alive)) return 1;
+    if (link->remote) return 0; /* the control channel and the backend's own connections tell */
     struct pollfd p[2] = {{link->fd, POLLRDHUP, 0}, {link->pidfd, POLLIN, 0}};
     if (poll(p, link->pidfd < 0 ? 1 : 2, 0) <= 0) return 0;
     return (p[0].revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) || (p[1].revents & POLLIN);

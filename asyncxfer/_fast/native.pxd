@@ -36,7 +36,7 @@ cdef extern from "native.h" nogil:
     int axf_gate_wait(axf_gate* gate, int64_t nanoseconds)
 
     ctypedef struct axf_link:
-        int fd, pidfd, pid, alive, queued, full
+        int fd, pidfd, pid, alive, queued, full, remote
         axf_page* page
 
     int axf_link_gone(const axf_link* link)
