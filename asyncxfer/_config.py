@@ -99,6 +99,10 @@ class Config:
         Rows at most in one such piece, and in one system call.
     nontemporal_bytes : int or None, bytes
         Rows from this size on are written past the cache. None chooses from the cache's size.
+    network_threads : int or None, threads
+        Threads that move data over TCP. None chooses from the cores this process may run on.
+    tcp_streams : int or None, connections
+        Data connections to each peer. None: as many as there are threads, and two at least.
     connect_timeout : float, seconds
         Longest that `Agent.connect` takes when the call gives no timeout.
     handshake_timeout : float, seconds
@@ -126,6 +130,8 @@ class Config:
     chunk_bytes: Annotated[int, _Range(4 * _KIB, _GIB, "bytes")] = _MIB
     chunk_rows: Annotated[int, _Range(1, _MIB, "rows")] = 1024
     nontemporal_bytes: Annotated[int | None, _Range(0, _TIB, "bytes")] = None
+    network_threads: Annotated[int | None, _Range(1, 64, "threads")] = None
+    tcp_streams: Annotated[int | None, _Range(1, 16, "connections")] = None
     connect_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 10.0
     handshake_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 1.5
     close_timeout: Annotated[float, _Range(0.0, 3600.0, "seconds")] = 1.0

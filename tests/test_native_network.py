@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import pairs, queue
+from native import pairs
 
 from asyncxfer._fast import completion as native
 from asyncxfer._fast import initiator, poller
@@ -212,3 +212,214 @@ def test_peer_gone() -> None:
         s.group.fail()
         s.wait(t)
         assert t.status == native.STATUS_PEER_GONE
+
+
+# ---- what a target makes of bytes that no initiator of ours sends ----------------------------------------------------
+
+MAGIC, PUT, GET, NOTE, DONE, DATA = 0x31445841, 1, 2, 3, 4, 5
+HEAD = struct.Struct("<IBBHQQIIIIIIQiI")
+RUN = struct.Struct("<QQqII")
+
+
+def head(
+    kind: int, *, op: int = 1, runs: int = 1, nbytes: int = 64, chunk: int = 0, chunks: int = 1, flags: int = 0,
+    slot: int = SLOT, epoch: int = EPOCH, tag: int = 0, settled: int = 0, magic: int = MAGIC,
+) -> bytes:  # fmt: skip
+    return HEAD.pack(magic, kind, flags, 0, op, settled, chunk, chunks, slot, epoch, runs, tag, nbytes, 0, 0)
+
+
+def run(offset: int = 0, length: int = 64, stride: int = 64, count: int = 1, segment: int = 0) -> bytes:
+    return RUN.pack(offset, length, stride, count, segment)
+
+
+def crc32c(data: bytes) -> int:
+    """Bit by bit, from its polynomial."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+class Raw:
+    """A connection to a session on which a test says what it likes."""
+
+    def __init__(self, s: Stage, index: int = 9) -> None:
+        near, far = socket_pair()
+        near.setblocking(True)
+        near.settimeout(5)
+        s.session.adopt(index, far.detach())
+        self.sock = near
+
+    def say(self, *parts: bytes) -> None:
+        with contextlib.suppress(ConnectionError):
+            self.sock.sendall(b"".join(parts))
+
+    def hear(self, n: int = 64) -> bytes:
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            while len(got) < n and (part := self.sock.recv(n - len(got))):
+                got += part
+        return got
+
+    def status(self) -> int:
+        return int(HEAD.unpack(self.hear())[3])
+
+
+@pytest.fixture
+def raw() -> Iterator[tuple[Stage, Raw]]:
+    with stage(streams=1, nbytes=1 << 16) as s:
+        s.far[:] = 1
+        peer = Raw(s)
+        with peer.sock:
+            yield s, peer
+    vars(s).clear()  # pytest holds on to it for longer than the leak check waits
+
+
+OUTSIDE = [
+    run(offset=(1 << 16) - 63),
+    run(offset=1 << 63),
+    run(offset=2**64 - 32),
+    run(offset=0, stride=-1, count=2, length=32),
+    run(offset=0, stride=2**62, count=2, length=32),
+    run(offset=64, stride=-(2**63), count=2, length=32),
+    run(segment=1),
+    run(segment=2**32 - 1),
+]
+
+
+@pytest.mark.parametrize("kind", [PUT, GET])
+@pytest.mark.parametrize("outside", OUTSIDE, ids=range(len(OUTSIDE)))
+def test_rows_outside_the_region_are_denied(raw: tuple[Stage, Raw], kind: int, outside: bytes) -> None:
+    s, peer = raw
+    payload = b"\xff" * 64 + bytes(8) if kind == PUT else b""
+    peer.say(head(kind), outside, payload)
+    assert peer.status() == native.STATUS_DENIED
+    assert (s.far == 1).all()
+    peer.say(head(GET, op=2, settled=2), run())  # and the connection goes on
+    assert peer.status() == 0
+    assert peer.hear(64) == b"\x01" * 64
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [run(count=0)],
+        [run(length=0)],
+        [run(length=65)],
+        [run(length=63)],
+        [run(length=2**63, count=2)],
+        [run(length=16, count=2**32 - 1)],
+        [run(length=32), run(length=33)],
+    ],
+)
+def test_runs_that_do_not_come_to_the_payload_are_denied(raw: tuple[Stage, Raw], runs: list[bytes]) -> None:
+    s, peer = raw
+    peer.say(head(PUT, runs=len(runs)), *runs, b"\xff" * 64, bytes(8))
+    assert peer.status() == native.STATUS_DENIED
+    assert (s.far == 1).all()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        head(PUT, magic=MAGIC + 1), head(0), head(DONE), head(DATA), head(77), head(PUT, op=0),
+        head(PUT, runs=0), head(PUT, runs=1025), head(PUT, nbytes=0), head(PUT, nbytes=1 << 40),
+        head(PUT, chunk=1, chunks=1), head(PUT, chunks=2**32 - 1), head(PUT, tag=8), head(PUT, flags=4, tag=40_000),
+        head(PUT, settled=2), head(NOTE, runs=1, nbytes=0, flags=4), head(NOTE, runs=0, nbytes=64, flags=4),
+        head(NOTE, runs=0, nbytes=0),
+    ],
+)  # fmt: skip
+def test_heads_that_no_initiator_sends_end_the_connection(raw: tuple[Stage, Raw], bad: bytes) -> None:
+    s, peer = raw
+    peer.say(bad, bytes(4096))
+    assert peer.hear() == b""
+    assert (s.far == 1).all()
+
+
+def test_wrong_slots_and_epochs_reach_nothing(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    for op, (slot, epoch) in enumerate([(SLOT, EPOCH + 1), (SLOT + 1, EPOCH), (SLOT, 0), (2**32 - 1, 0), (16384, 1)], 1):
+        peer.say(head(PUT, op=op, slot=slot, epoch=epoch), run(), b"\xff" * 64, bytes(8))
+        assert peer.status() == native.STATUS_REVOKED
+        peer.say(head(GET, op=op, slot=slot, epoch=epoch), run())
+        assert peer.status() == native.STATUS_REVOKED
+    assert (s.far == 1).all()
+
+
+def test_directions_that_were_not_granted_are_denied(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    bases, sizes = [s.far.ctypes.data], [s.far.nbytes]
+    s.session.open(SLOT, EPOCH, bases, sizes, readable=True, writable=False)
+    peer.say(head(PUT), run(), b"\xff" * 64, bytes(8))
+    assert peer.status() == native.STATUS_DENIED
+    s.session.open(SLOT, EPOCH, bases, sizes, readable=False, writable=True)
+    peer.say(head(GET, op=2), run())
+    assert peer.status() == native.STATUS_DENIED
+    assert (s.far == 1).all()
+
+
+def test_a_put_that_comes_twice_notifies_once(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    for _ in range(2):
+        for chunk in range(2):
+            tag = b"tag" if chunk == 0 else b""
+            peer.say(
+                head(PUT, chunk=chunk, chunks=2, flags=4, tag=len(tag)), run(offset=64 * chunk), tag, bytes(64 + 8)
+            )
+            assert peer.status() == 0
+    assert s.notes(2) == [("I", b"tag"), ("N", b"tag")]
+    assert s.notes(1, within=0.05) == []
+
+
+def test_a_put_that_the_initiator_gave_up_is_not_told(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    peer.say(head(PUT, flags=4, tag=3), run(), b"tag", bytes(64), struct.pack("<II", 1, 0))
+    assert peer.status() == native.STATUS_FAULT
+    assert s.notes(1, within=0.05) == []
+
+
+def test_a_wrong_checksum_is_told_and_not_notified(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    payload = bytes(range(64))
+    peer.say(head(PUT, flags=5, tag=3), run(), b"tag", payload, struct.pack("<II", 0, crc32c(payload) ^ 1))
+    assert peer.status() == native.STATUS_MISMATCH
+    assert s.notes(1, within=0.05) == []
+    peer.say(head(PUT, flags=5, tag=3), run(), b"tag", payload, struct.pack("<II", 0, crc32c(payload)))
+    assert peer.status() == 0
+    assert s.notes(1) == [("N", b"tag")]
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_noise_changes_nothing(data: st.DataObject) -> None:
+    """Heads and runs with fields at their edges, whole or cut: nothing is written outside, and the target lives."""
+    edges = st.sampled_from([0, 1, 2, 63, 64, 65, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
+    wide = st.one_of(edges, st.sampled_from([1 << 32, 1 << 63, (1 << 64) - 1]))
+    with stage(streams=1, nbytes=1 << 16) as s:
+        s.session.open(SLOT, EPOCH, [s.far.ctypes.data + 4096], [8192], readable=True, writable=True)
+        peer = Raw(s)
+        with peer.sock:
+            for _ in range(data.draw(st.integers(1, 6))):
+                fields = head(
+                    data.draw(st.integers(0, 6)), op=data.draw(st.integers(1, 3)), runs=data.draw(edges),
+                    nbytes=data.draw(wide), chunk=data.draw(edges), chunks=data.draw(edges),
+                    flags=data.draw(st.integers(0, 7)), slot=data.draw(st.sampled_from([SLOT, 0, 16383, 16384])),
+                    tag=data.draw(edges), settled=data.draw(st.integers(0, 3)),
+                )  # fmt: skip
+                runs = [
+                    run(
+                        data.draw(wide), data.draw(wide), data.draw(st.integers(-(2**63), 2**63 - 1)),
+                        data.draw(edges), data.draw(st.integers(0, 1)),
+                    )  # fmt: skip
+                    for _ in range(data.draw(st.integers(0, 3)))
+                ]
+                peer.say(fields, *runs, data.draw(st.binary(max_size=200)))
+            peer.sock.settimeout(0.05)
+            with contextlib.suppress(TimeoutError, OSError):
+                peer.sock.shutdown(socket.SHUT_WR)
+                peer.hear(1 << 16)
+        s.session.close()
+        assert not s.far[:4096].any()
+        assert not s.far[4096 + 8192 :].any()
