@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import pairs
 
+from asyncxfer import PreSharedKey
 from asyncxfer._fast import completion as native
 from asyncxfer._fast import initiator, poller
 from asyncxfer._fast.completion import Completion, CompletionQueue
@@ -23,6 +24,8 @@ from asyncxfer._fast.initiator import Group, NetWork
 from asyncxfer._fast.link import GatePage, Link
 from asyncxfer._fast.poller import Mailbox
 from asyncxfer._fast.target import Session
+from asyncxfer._fast.tls import DONE as SHAKEN
+from asyncxfer._fast.tls import Connection, Context
 
 Bytes = npt.NDArray[np.uint8]
 SLOT, EPOCH = 3, 7
@@ -46,10 +49,23 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
+def encrypted(near: socket.socket, far: socket.socket) -> tuple[Connection, Connection]:
+    """TLS over both ends."""
+    context = Context(*PreSharedKey(b"sixteen bytes at least").pem())
+    ends = (
+        Connection(context, near.fileno(), server=False),
+        Connection(context, far.fileno(), server=True),
+    )
+    while [end.handshake() for end in ends] != [SHAKEN, SHAKEN]:
+        pass
+    return ends
+
+
 class Stage:
     """A group and a session, joined by connections, and a region at the target."""
 
-    def __init__(self, streams: int = 2, nbytes: int = 1 << 22) -> None:
+    def __init__(self, streams: int = 2, nbytes: int = 1 << 22, *, tls: bool = False) -> None:
+        self.tls = tls
         self.mail, self.news = Mailbox(), Mailbox()
         self.link = Link(-1, -1, 0, None)
         self.page = GatePage()
@@ -66,8 +82,9 @@ class Stage:
 
     def join(self, index: int) -> None:
         near, far = socket_pair()
-        self.session.adopt(index, far.detach())
-        self.group.attach(index, near.detach())
+        here, there = encrypted(near, far) if self.tls else (None, None)
+        self.session.adopt(index, far.detach(), there)
+        self.group.attach(index, near.detach(), here)
 
     def work(self, rows: Any, put: bool, **options: Any) -> NetWork:
         options = {"chunk_bytes": 1 << 18, "slot": SLOT, "epoch": EPOCH, **options}
@@ -123,8 +140,9 @@ def stage(**options: Any) -> Iterator[Stage]:
         [(0, 4096 * 511, 4096, 4096, -4096, 512)],
     ],
 )
-def test_moves(put: bool, checked: bool, rows: Any) -> None:
-    with stage() as s:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_moves(put: bool, checked: bool, rows: Any, tls: bool) -> None:
+    with stage(tls=tls) as s:
         source, target = (s.near, s.far) if put else (s.far, s.near)
         source[:] = np.random.default_rng(1).integers(0, 256, len(source), dtype=np.uint8)
         expected = target.copy()
@@ -212,6 +230,59 @@ def test_peer_gone() -> None:
         s.group.fail()
         s.wait(t)
         assert t.status == native.STATUS_PEER_GONE
+
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("seed", range(4))
+def test_connections_that_break_at_any_moment(seed: int, tls: bool) -> None:
+    """Puts and gets while connections are cut and made again: each ends well, and its notification comes once."""
+    random = np.random.default_rng(seed)
+    size, count = 4096, 256
+    with stage(streams=2, tls=tls) as s:
+        for round_ in range(12):
+            s.near[:] = random.integers(0, 256, len(s.near), dtype=np.uint8)
+            before = s.far.copy()
+            half = size * count
+            posted = []
+            for n in range(2):
+                rows = [(half * n, half * n, size, size, size, count)]
+                posted.append(s.post(rows, True, note=b"%d/%d" % (round_, n), checked=bool(n)))
+            posted.append(s.post([(2 * half, 2 * half, size, size, size, count)], False))
+            for _ in range(int(random.integers(0, 4))):
+                time.sleep(float(random.uniform(0, 0.002)))
+                index = int(random.integers(0, 2))
+                s.session.leave(index)
+                while index in s.group.up():
+                    time.sleep(0.0001)
+                s.join(index)
+            s.wait(*posted)
+            assert [t.status for t in posted] == [native.STATUS_OK] * 3
+            assert (s.far[: 2 * half] == s.near[: 2 * half]).all()
+            assert (s.near[2 * half : 3 * half] == before[2 * half : 3 * half]).all()
+            told = s.notes(4)
+            assert sorted(tag for kind, tag in told if kind == "N") == [b"%d/%d" % (round_, n) for n in range(2)]
+        assert s.notes(1, within=0.05) == []
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("put", [True, False])
+def test_stopped_at_any_moment(put: bool, tls: bool) -> None:
+    """Once a transfer has ended, nothing of it reads or writes."""
+    random = np.random.default_rng(5)
+    with stage(streams=2, tls=tls) as s:
+        source, target = (s.near, s.far) if put else (s.far, s.near)
+        for _ in range(40):
+            source[:] = 1
+            transfer = s.post([(0, 0, 4096, 4096, 4096, 1024)], put)
+            time.sleep(float(random.uniform(0, 0.003)))
+            transfer.stop(native.STATUS_CANCELLED)
+            s.wait(transfer)
+            assert transfer.status in (native.STATUS_OK, native.STATUS_CANCELLED)
+            source[:] = 2
+            target[:] = 3
+            time.sleep(0.002)
+            assert (target == 3).all()
 
 
 # ---- what a target makes of bytes that no initiator of ours sends ----------------------------------------------------

@@ -602,7 +602,8 @@ cdef class Session:
         cdef seat_t* t
         if index not in self.seats:
             return
-        t = <seat_t*><uintptr_t>self.seats.pop(index)[0]
+        seat = self.seats.pop(index)    # with what encrypts it, until the thread has let go
+        t = <seat_t*><uintptr_t>seat[0]
         with nogil:
             stream_close(t.stream)
             stream_wait(t.stream)
