@@ -25,6 +25,8 @@
 #define AXF_MAX_CHUNKS (1u << 24)
 #define AXF_NOTE_CHUNK 0xffffffffu /* stands for the notification of a transfer, where it goes alone */
 #define AXF_IOV 1024
+#define AXF_NEAR_US 1000         /* round trip within a data centre */
+#define AXF_NEAR_BUFFER (192 * 1024)
 
 enum { AXF_PUT = 1, AXF_GET = 2, AXF_NOTE = 3, AXF_DONE = 4, AXF_DATA = 5 };
 enum { AXF_CHECKED = 1, AXF_FAILED = 2, AXF_TOLD = 4 }; /* flags: a checksum is wanted; the note tells of a failure; a note comes */
@@ -181,9 +183,17 @@ static inline int axf_socket_reset(int fd) {
     return poll(&p, 1, 0) > 0 && (p.revents & (POLLERR | POLLNVAL));
 }
 
+/* Small frames leave at once. On a near network the send buffer is kept to what the way there holds at 5 GB/s, and what
+ * two turns of a thread fill: beyond that the kernel's copies of the data fall out of the caches before they are read.
+ * On a far one the kernel goes on choosing it. */
 static inline void axf_socket_ready(int fd) {
     int on = 1;
+    struct tcp_info info;
+    socklen_t size = sizeof info;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0 || info.tcpi_rtt > AXF_NEAR_US) return;
+    int bytes = AXF_NEAR_BUFFER + (int)info.tcpi_rtt * 2500; /* the kernel takes twice what it is given */
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
 }
 
 /* Closes without a word on what is still unsent: the other side sees a reset. */
