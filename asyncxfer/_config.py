@@ -111,6 +111,14 @@ class Config:
         Longest that a peer's goodbye is waited for when an agent closes.
     suspect_after : float, seconds
         How long a peer may be silent before its state is "suspect".
+    lost_after : float, seconds
+        How long a peer on a network may stay unheard, once its connection broke, before its state is "lost".
+    unix_socket : bool
+        Be reached, and reach agents of this host, over a Unix socket. Without it they talk over TCP.
+    open_listener : bool
+        Listen beyond this host without credentials: anyone who can connect is let in.
+    encrypt_data : bool
+        With credentials, encrypt the connections that carry data also; control is always encrypted then.
     notification_bytes : int, bytes
         Largest tag that a notification may carry.
     backlog_bytes : int, bytes
@@ -136,6 +144,10 @@ class Config:
     handshake_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 1.5
     close_timeout: Annotated[float, _Range(0.0, 3600.0, "seconds")] = 1.0
     suspect_after: Annotated[float, _Range(0.1, 3600.0, "seconds")] = 3.0
+    lost_after: Annotated[float, _Range(0.1, 3600.0, "seconds")] = 10.0
+    unix_socket: bool = True
+    open_listener: bool = False
+    encrypt_data: bool = True
     notification_bytes: Annotated[int, _Range(1, 32 * _KIB, "bytes")] = 32 * _KIB
     backlog_bytes: Annotated[int, _Range(64 * _KIB, _TIB, "bytes")] = 64 * _MIB
     prefault: bool = False

@@ -107,9 +107,9 @@ class Puppet:
         assert self._agent is not None
         return self._agent
 
-    async def start(self, name: str, config: dict[str, Any] | None = None) -> bytes:
+    async def start(self, name: str, config: dict[str, Any] | None = None, **options: Any) -> bytes:
         """Start an agent; its metadata."""
-        self._agent = await Agent(name, config=config).start()
+        self._agent = await Agent(name, config=config, **options).start()
         return self._agent.metadata()
 
     async def region(
