@@ -450,12 +450,14 @@ class Acceptor:
         self._paused = True
         for incoming in self.incoming:
             incoming.channel.pause()
+            incoming.services.pause()
 
     def resume(self) -> None:
         """Go on after `pause`."""
         self._paused = False
         for incoming in self.incoming:
             incoming.channel.resume()
+            incoming.services.resume()
 
     async def aclose(self) -> None:
         """Stop listening and end all connections."""

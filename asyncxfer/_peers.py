@@ -205,6 +205,8 @@ class Peers:
         state = PeerState.LEFT if on_purpose else PeerState.LOST
         peer.end(state, f"peer {peer.name!r}, generation {peer.generation}, is gone: {why}")
         peer.link.close()
+        for endpoint in peer.endpoints.values():
+            endpoint.lost()
         self._lines[peer].end(peer.lost or why)
         task = asyncio.ensure_future(self._forget(peer))
         self._cleanups.add(task)

@@ -70,6 +70,16 @@ class Services:
             for service in self._services.values():
                 service.shut(slot)
 
+    def pause(self) -> None:
+        """Have no further request accepted for now."""
+        for service in self._services.values():
+            service.pause()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        for service in self._services.values():
+            service.resume()
+
     def close(self) -> None:
         """End all connections; when this returns, no service touches any region."""
         while self._services:
