@@ -64,7 +64,7 @@ def announcement(region: Region, access: Access, *, remote: bool = False) -> tup
     backings = None if remote else region.backings
     places = backings.places if backings else (None,) * len(region.memory.segments)
     segments = [
-        SegmentInfo(s.address, s.nbytes)
+        SegmentInfo(0 if remote else s.address, s.nbytes)  # where it lies is nobody's business elsewhere
         if place is None or backings is None
         else SegmentInfo(s.address, s.nbytes, place.file, place.offset, backings.files[place.file].sealed)
         for s, place in zip(region.memory.segments, places, strict=True)
