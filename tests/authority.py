@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -39,11 +40,12 @@ class Authority:
     """A root certificate, valid today."""
 
     key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+    name: str = field(default_factory=lambda: f"authority {os.urandom(4).hex()}")
 
     @property
     def pem(self) -> bytes:
         """The root, for those who trust it."""
-        issued = self._sign(self.key.public_key(), "authority", [], (-1, 3650), authority=True)
+        issued = self._sign(self.key.public_key(), self.name, [], (-1, 3650), authority=True)
         return issued.public_bytes(serialization.Encoding.PEM)
 
     def issue(
@@ -77,7 +79,7 @@ class Authority:
         now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()
-            .issuer_name(_name("authority"))
+            .issuer_name(_name(self.name))
             .subject_name(_name(subject))
             .public_key(key)
             .serial_number(x509.random_serial_number())
