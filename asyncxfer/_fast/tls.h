@@ -2,9 +2,9 @@
  * connection's state.
  *
  * Included by tls.pyx alone, since the table is one per process. No header of OpenSSL is needed: what is declared here
- * is the same in 1.1.1, 3 and 4. A connection reads the socket in large pieces (OpenSSL's read-ahead) and sends many
- * records by one system call, from a buffer of its own: with a call for each record of 16 KiB the kernel takes as long
- * as the cipher. One thread at a time; nothing here knows Python.
+ * is the same in 1.1.1, 3 and 4. A connection reads the socket in large pieces (OpenSSL's read-ahead) and sends several
+ * records by one system call, from a buffer of its own; a socket's SIGPIPE is not raised. One thread at a time; nothing
+ * here knows Python.
  */
 #ifndef ASYNCXFER_TLS_H
 #define ASYNCXFER_TLS_H
@@ -105,9 +105,9 @@ enum {
 /* ---- a connection -------------------------------------------------------------------------------------------- */
 
 #define AXF_TLS_RECORD 16384                 /* RFC 8446, 5.1: the most that one record carries */
-#define AXF_TLS_BATCH (16 * AXF_TLS_RECORD)  /* plain bytes encrypted before they are sent */
-#define AXF_TLS_OUT (16 * (AXF_TLS_RECORD + 256) + 4096) /* what those become, and a message of the protocol's own */
-#define AXF_TLS_READ_AHEAD (16 * (AXF_TLS_RECORD + 256))
+#define AXF_TLS_BATCH (8 * AXF_TLS_RECORD)   /* plain bytes encrypted before they are sent */
+#define AXF_TLS_OUT (8 * (AXF_TLS_RECORD + 256) + 4096)  /* what those become, and the protocol's own */
+#define AXF_TLS_READ_AHEAD (8 * (AXF_TLS_RECORD + 256))
 
 enum { AXF_TLS_DONE = 0, AXF_TLS_WANT_READ = 1, AXF_TLS_WANT_WRITE = 2, AXF_TLS_FAILED = 3 };
 
@@ -200,7 +200,7 @@ static int axf_tls_flush(axf_tls *tls) {
 /* Keeps why it failed, for good: a socket's error as itself, an end that was not announced as ECONNRESET, anything
  * that is wrong with the protocol or a certificate as EIO. */
 static void axf_tls_fail(axf_tls *tls) {
-    unsigned long code = axf_ssl.ERR_get_error();
+    unsigned long code = axf_ssl.ERR_peek_last_error(); /* those before it say what led to it */
     const char *text = code ? axf_ssl.ERR_reason_error_string(code) : 0;
     long verdict = axf_ssl.SSL_get_verify_result(tls->ssl);
     if (tls->socket_error) {

@@ -1,4 +1,4 @@
-from typing import Final, final
+from typing import Final, Self, final
 
 from typing_extensions import Buffer
 
@@ -13,11 +13,11 @@ def live() -> int: ...
 
 @final
 class Context:
-    def __init__(self, certificate: bytes, key: bytes, authorities: bytes) -> None: ...
+    def __new__(cls, certificate: bytes, key: bytes, authorities: bytes) -> Self: ...
 
 @final
 class Connection:
-    def __init__(self, context: Context, fd: int, *, server: bool, rekey: int = ...) -> None: ...
+    def __new__(cls, context: Context, fd: int, *, server: bool, rekey: int = ...) -> Self: ...
     @property
     def updates(self) -> int: ...
     @property
