@@ -19,7 +19,7 @@ from . import _channel, _proof, _sockets
 from ._address import Listening
 from ._channel import Channel
 from ._config import Config
-from ._data import Asked, Sealing, Wire, answer
+from ._data import Asked, Sealing, Wire, accept, answer
 from ._errors import MetadataError, PeerLostError
 from ._fast.link import SLOTS, GatePage
 from ._letters import Received
@@ -47,7 +47,7 @@ from ._metadata import (
 from ._preface import PREFACE_BYTES, Kind, Preface, Status
 from ._services import Services
 from ._stream import AnyChannel, StreamChannel, Tls
-from .abc import Backend, Stream
+from .abc import Backend, Service, Stream
 
 if TYPE_CHECKING:
     from ._credentials import Credentials
@@ -355,16 +355,23 @@ class Acceptor:
             return incoming.secret
 
         try:
-            asked = await answer(Wire(sock, connection), secret_of)
-            incoming = self._sessions.get(asked.session)
-            if incoming is None:
+            wire = Wire(sock, connection)
+            asked = await answer(wire, secret_of)
+            service = self._service(asked)
+            await accept(wire)
+            if self._service(asked) is not service:
                 raise PeerLostError("the session has ended")
-            service = incoming.services.of(asked.backend)
         except BaseException:
             if connection is not None:
                 connection.close()
             raise
         service.adopt(Stream(sock.detach(), asked.number, connection))
+
+    def _service(self, asked: Asked) -> Service:
+        incoming = self._sessions.get(asked.session)
+        if incoming is None:
+            raise PeerLostError("the session has ended")
+        return incoming.services.of(asked.backend)
 
     # -- initiators
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ._credentials import Credentials
     from ._fast.tls import Connection, Context
 
-__all__ = ["Asked", "Sealing", "Wire", "answer", "ask"]
+__all__ = ["Asked", "Sealing", "Wire", "accept", "answer", "ask"]
 
 _HEAD = struct.Struct(f">{_proof.SESSION_BYTES}s{_proof.NONCE_BYTES}sHB")  # and the backend's name
 _WELCOME = b"\0"
@@ -145,7 +145,7 @@ async def ask(wire: Wire, asked: Asked, secret: bytes) -> None:
 
 
 async def answer(wire: Wire, secret_of: Callable[[Asked], bytes]) -> Asked:
-    """Answer to `ask`, as the side that was connected to; what follows is the backend's.
+    """Answer to `ask`, as the side that was connected to, up to `accept`.
 
     Parameters
     ----------
@@ -171,5 +171,9 @@ async def answer(wire: Wire, secret_of: Callable[[Asked], bytes]) -> Asked:
     proof = await wire.read(_proof.PROOF_BYTES)
     if not _proof.matches(proof, _proof.data(secret, b"client", nonce + own, index, asked.backend)):
         raise PeerLostError(f"a data connection for {asked.backend!r} that does not know the secret of its session")
-    await wire.write(_WELCOME)
     return asked
+
+
+async def accept(wire: Wire) -> None:
+    """Tell the side that asked that it has the connection; what follows is the backend's."""
+    await wire.write(_WELCOME)

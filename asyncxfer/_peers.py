@@ -139,7 +139,7 @@ class Peers:
             partial(self._on_region, peer),
             partial(self._on_removed, peer),
             line.letters.acknowledged,
-            lambda why, on_purpose: self._on_peer_end(peer, why, on_purpose=on_purpose),
+            lambda why, on_purpose: self._on_peer_end(peer, outgoing, why, on_purpose=on_purpose),
         )
         if outgoing.remote:
             line.letters.attach(outgoing.channel)
@@ -178,11 +178,11 @@ class Peers:
         if region is not None:
             _detach(peer, region)
 
-    def _on_peer_end(self, peer: Peer, why: str, *, on_purpose: bool) -> None:
-        if peer.lost is not None:
+    def _on_peer_end(self, peer: Peer, outgoing: Outgoing, why: str, *, on_purpose: bool) -> None:
+        line = self._lines.get(peer)
+        if peer.lost is not None or line is None or line.outgoing is not outgoing:
             return
-        line = self._lines[peer]
-        if line.outgoing.remote and not on_purpose and not line.outgoing.channel.offended:
+        if outgoing.remote and not on_purpose and not outgoing.channel.offended:
             line.redialling = asyncio.ensure_future(self._redial(peer, line, why))
             self._liveness.look()
         else:

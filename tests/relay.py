@@ -35,7 +35,7 @@ class Relay:
         self._sock = socket.create_server(("127.0.0.1", 0))
         self._sock.setblocking(False)
         self.port: int = self._sock.getsockname()[1]
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._socks: set[socket.socket] = set()
         self._handlers: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -49,35 +49,34 @@ class Relay:
         task.add_done_callback(self._handlers.discard)
 
     async def _handle(self, sock: socket.socket) -> None:
-        reader, writer = await asyncio.open_connection(sock=sock)
-        writers = {writer}
-        try:
-            if self.shut:
-                return
-            there, back = await asyncio.open_connection("127.0.0.1", self.target)
-            writers.add(back)
-            self._writers |= writers
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(reader, back, returning=False))
-                group.create_task(self._pump(there, writer, returning=True))
-        except* OSError:
-            pass  # the way that things are cut here
-        finally:
-            self._writers -= writers
-            for each in writers:
-                each.transport.abort()
+        with sock, socket.socket() as there:
+            try:
+                if self.shut:
+                    return
+                there.connect(("127.0.0.1", self.target))
+                for each in (sock, there):
+                    each.setblocking(False)
+                self._socks |= {sock, there}
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._pump(sock, there, returning=False))
+                    group.create_task(self._pump(there, sock, returning=True))
+            except* OSError:
+                pass  # the way that things are cut here
+            finally:
+                self._socks -= {sock, there}
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, returning: bool) -> None:
-        while data := await reader.read(65536):
+    async def _pump(self, source: socket.socket, to: socket.socket, *, returning: bool) -> None:
+        loop = asyncio.get_running_loop()
+        while data := await loop.sock_recv(source, 65536):
             if not (returning and self.deaf):
-                writer.write(data)
-                await writer.drain()
+                await loop.sock_sendall(to, data)
         raise ConnectionResetError  # which ends the other way too
 
     def cut(self) -> None:
         """Break every connection."""
-        for writer in self._writers:
-            writer.transport.abort()
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     async def aclose(self) -> None:
         asyncio.get_running_loop().remove_reader(self._sock)
