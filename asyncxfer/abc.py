@@ -293,10 +293,10 @@ class Service(abc.ABC):
     def adopt(self, stream: Stream) -> None:
         """Serve requests that come over a connection of this initiator."""
 
-    def pause(self) -> None:
+    def pause(self) -> None:  # noqa: B027 - not every service tells notifications
         """Accept no further request until `resume`: notifications are not being read."""
 
-    def resume(self) -> None:
+    def resume(self) -> None:  # noqa: B027
         """Go on after `pause`."""
 
     @abc.abstractmethod
