@@ -7,6 +7,7 @@ backend.
 from ._agent import Agent
 from ._chooser import Candidate, Explanation
 from ._config import Config
+from ._credentials import Certificates, PreSharedKey
 from ._descriptors import DescriptorList, MemoryKind
 from ._errors import (
     AccessError,
@@ -36,6 +37,7 @@ __all__ = [
     "Agent",
     "BackendError",
     "Candidate",
+    "Certificates",
     "ChecksumError",
     "ClosedError",
     "Config",
@@ -54,6 +56,7 @@ __all__ = [
     "PeerLostError",
     "PeerState",
     "Plan",
+    "PreSharedKey",
     "Region",
     "RegistrationError",
     "RemoteRegion",

@@ -45,6 +45,8 @@ MAY_BLOCK: tuple[tuple[str, frozenset[str]], ...] = (
     ("asyncxfer/backends/shm.py", frozenset({"examine", "_refusal"})),
     # Entry points are read, and backends imported, once when an agent starts.
     ("asyncxfer/_plugins.py", frozenset({"available", "load"})),
+    # Three small files, once, and a library, when credentials are made.
+    ("asyncxfer/_credentials.py", frozenset({"__init__", "read", "_derived", "_as_file"})),
     # What measures us has a lock of its own, which another thread under measurement may hold for a moment.
     ("coverage/collector.py", frozenset({"lock_data"})),
 )
