@@ -27,7 +27,7 @@ import pytest
 import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
 
-pytest_plugins = ["stage"]  # its fixtures, for all tests
+pytest_plugins = ["hosts", "stage"]  # their fixtures, for all tests
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,

@@ -26,13 +26,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from conftest import LOOPS, Snapshot
+from hosts import Host, enter
 
+import asyncxfer
 from asyncxfer import Agent, Done, Notification, Peer, Region, Transfer
 
 __all__ = ["Kind", "Process", "Server", "make_region", "moving", "pattern"]
 
 Kind = Literal["mapped", "ordinary", "file"]
 Bytes = npt.NDArray[np.uint8]
+#: The name of a class of asyncxfer and what it is made with: ("Certificates", certificate, key, authorities).
+Credentials = tuple[Any, ...]
 
 _FRAME = 1 << 18
 _PR_SET_PDEATHSIG = 1
@@ -269,9 +273,11 @@ class _Obedience(_Link):
             self.send(answer)
 
 
-def _live(sock: socket.socket, loop_name: str) -> None:
+def _live(sock: socket.socket, loop_name: str, namespace: str | None) -> None:
     """The whole life of a forked process."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if namespace is not None:
+        enter(namespace)
 
     async def main() -> None:
         await _Obedience(sock).over
@@ -308,7 +314,7 @@ def _serve(sock: socket.socket) -> None:
                 sock.close()
                 for fd in children:
                     os.close(fd)
-                _live(socket.socket(fileno=fds[0]), argument)
+                _live(socket.socket(fileno=fds[0]), *argument)
                 status = 0
             finally:
                 os._exit(status)
@@ -331,11 +337,11 @@ class Server:
         first.close()
         os.close(pidfd)
 
-    def spawn_raw(self, loop_name: str) -> tuple[socket.socket, int, int]:
-        """Fork a process: a socket to it, its pid and a pidfd."""
+    def spawn_raw(self, loop_name: str, namespace: str | None = None) -> tuple[socket.socket, int, int]:
+        """Fork a process, in a network namespace if one is named: a socket to it, its pid and a pidfd."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            socket.send_fds(self._sock, [pickle.dumps(("fork", loop_name))], [theirs.fileno()])
+            socket.send_fds(self._sock, [pickle.dumps(("fork", (loop_name, namespace)))], [theirs.fileno()])
         data, fds, _, _ = socket.recv_fds(self._sock, 64, 1)
         if not data:
             raise RuntimeError("the server of second processes has died; its error is above")
@@ -354,15 +360,17 @@ class Server:
 
 
 class Process(_Link):
-    """A second process, as a test sees it.
+    """A second process, on this host or on another, as a test sees it.
+
+    It is commanded over a pair of sockets, which reaches into any network namespace and through any fault of a network.
 
     Attributes
     ----------
     pid : int
     """
 
-    def __init__(self, server: Server, loop_name: str) -> None:
-        sock, self.pid, self._pidfd = server.spawn_raw(loop_name)
+    def __init__(self, server: Server, loop_name: str, host: Host | None = None) -> None:
+        sock, self.pid, self._pidfd = server.spawn_raw(loop_name, None if host is None else host.namespace)
         super().__init__(sock)
         self._server = server
         self._answers: dict[int, asyncio.Future[Any]] = {}

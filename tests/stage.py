@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import uvloop
+from hosts import Host
 from peers import Bytes, Kind, Process, Server, make_region, pattern
 
 from asyncxfer import Agent, Peer, PeerState, Region, Transfer
@@ -58,10 +59,10 @@ class Cast:
         self._server = server
         self._spawned: list[Process] = []
 
-    def spawn(self) -> Process:
-        """Start another process, on the same kind of loop."""
+    def spawn(self, host: Host | None = None) -> Process:
+        """Start another process, on the same kind of loop, on this host or on another."""
         name = "uvloop" if isinstance(asyncio.get_running_loop(), uvloop.Loop) else "asyncio"
-        self._spawned.append(Process(self._server, name))
+        self._spawned.append(Process(self._server, name, host))
         return self._spawned[-1]
 
     async def part(self, process: Process) -> None:

@@ -10,20 +10,30 @@ import asyncio
 import dataclasses
 import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hosts import missing
 
-from asyncxfer.bench import _cli, _compare, _loop, _nixl, _pair, _pattern, _report
+from asyncxfer.bench import _cli, _compare, _iperf, _loop, _nixl, _notify, _pair, _pattern, _place, _report
 from asyncxfer.bench._shapes import DEFAULT_SHAPES, Case, Shape
 from asyncxfer.bench._ticker import Ticker, percentiles
 
 needs_nixl = pytest.mark.skipif(
     importlib.util.find_spec("nixl") is None, reason=f"NIXL is not installed: {_nixl.INSTALL}"
+)
+
+needs_tcp = pytest.mark.skipif(
+    importlib.util.find_spec("asyncxfer.backends.tcp") is None, reason="there is no backend tcp yet"
 )
 
 SMALL = ["--shapes", "64x4KiB,1x4KiB,3x100B", "--rounds", "2", "--warmup", "1"]
@@ -83,6 +93,50 @@ def test_table_for_people() -> None:
     assert "8x4KiB  put  mapped  shm" in ran.stdout
     assert "verified" in ran.stdout
     assert "bench: 8x4KiB put mapped" in ran.stderr
+
+
+@needs_nixl
+def test_nixl_in_several_ways() -> None:
+    options = ("--peer", "nixl", "--nixl-progress-thread", "on,spin", "--op", "get", "--memory", "mapped")
+    for result in results_of(bench(*SMALL, "--json", *options)):
+        assert set(result["rivals"]) == {"NIXL, thread on", "NIXL, target spins"}
+        fastest = min(result["rivals"].values(), key=lambda rival: float(rival["seconds"]))
+        assert result["nixl"]["samples"] == fastest["samples"]
+        assert result["ratio"] == fastest["ratio"]
+
+
+@pytest.mark.parametrize("peer", ["none", pytest.param("nixl", marks=needs_nixl)])
+def test_notify_mode(peer: str) -> None:
+    options = ["--over", "host", "--rounds", "1", "--peer", peer, "--nixl-progress-thread", "spin"]
+    results = results_of(bench("--notify", "--json", *options))
+    assert [result["system"] for result in results] == ["asyncxfer", *(["NIXL"] if peer == "nixl" else [])]
+    for result in results:
+        assert (result["over"], result["memory"], result["verified"]) == ("host", "ordinary", True)
+        assert len(result["samples"]) == 100
+        assert 0 < min(result["samples"]) <= result["p50"] <= result["p99"]
+
+
+@needs_tcp
+@pytest.mark.parametrize("options", [[], ["--link", "veth"], ["--tls"], ["--checksum", "--uvloop"]], ids="-".join)
+def test_over_tcp(options: list[str]) -> None:
+    if "veth" in options and (reason := missing()):
+        pytest.skip(reason)
+    ran = bench(*SMALL, "--over", "tcp", "--json", *options)
+    for result in results_of(ran):
+        assert (result["memory"], result["ours"]["backend"]) == ("ordinary", "tcp")
+        assert set(result["rivals"]) == ({"asyncxfer, plain"} if {"--tls", "--checksum"} & set(options) else set())
+    head = json.loads(ran.stdout)
+    assert head["link"] == ("veth, MTU 1500" if "veth" in options else "loopback")
+
+
+@needs_tcp
+@needs_nixl
+def test_notify_over_tcp_beside_nixl() -> None:
+    results = results_of(bench("--notify", "--rounds", "1", "--peer", "nixl", "--json"))
+    assert {(result["system"], result["over"]) for result in results} == {
+        (system, over) for system in ("asyncxfer", "NIXL") for over in ("host", "tcp")
+    }
+    assert all(result["verified"] for result in results)
 
 
 def test_stall_mode() -> None:
@@ -191,11 +245,112 @@ def test_percentiles_of_nothing() -> None:
     assert set(percentiles([]).values()) == {0.0}
 
 
+# ---- links, and what they carry -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["loopback", "veth"])
+def place(request: pytest.FixtureRequest) -> Iterator[_place.Place]:
+    if request.param == "loopback":
+        yield _place.LOOPBACK
+        return
+    if reason := missing():
+        pytest.skip(reason)
+    with _place.veth(9000) as made:
+        yield made
+
+
+STREAM = Case(Shape(1, 64 << 20), "ordinary", "put", 0)
+
+
+def check_stream(sample: _pair.Sample) -> None:
+    assert sample.seconds > 0
+    assert 0 < sample.target_cpu_seconds < sample.cpu_seconds
+
+
+@pytest.mark.skipif(not _iperf.is_installed(), reason=f"iperf3 is not installed: {_iperf.INSTALL}")
+def test_iperf(place: _place.Place) -> None:
+    async def measure() -> None:
+        async with _iperf.Iperf.start(place, streams=3) as iperf:
+            for op in ("put", "get"):
+                sample = await iperf.sample(dataclasses.replace(STREAM, op=op))
+                check_stream(sample)
+                assert sample.backend == "3 TCP"
+
+    asyncio.run(measure())
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_stream(place: _place.Place, tls: bool, tmp_path: Path) -> None:
+    told: dict[str, Any] = {"uvloop": False, "over": "tcp", "certificates": None}
+    if tls:
+        told["certificates"] = str(tmp_path)
+        made = ["-newkey", "ed25519", "-keyout", "ca-key.pem", "-out", "ca.pem", "-subj", "/CN=both", "-nodes"]
+        subprocess.run(["openssl", "req", "-x509", *made], cwd=tmp_path, check=True, capture_output=True)
+        for role in ("initiator", "target"):
+            shutil.copy(tmp_path / "ca.pem", tmp_path / f"{role}.pem")
+            shutil.copy(tmp_path / "ca-key.pem", tmp_path / f"{role}-key.pem")
+
+    async def measure() -> None:
+        async with _pair.Pair.start("stream", told, place, nbytes=STREAM.shape.span, memories=["ordinary"]) as pair:
+            for op in ("put", "get"):
+                case = dataclasses.replace(STREAM, op=op)
+                await pair.begin(case, warmup=1)
+                sample = await pair.sample(case)
+                check_stream(sample)
+                assert sample.backend.startswith("TLS_AES" if tls else "TCP")
+                assert await pair.finish(case) == ""
+            with pytest.raises(_pair.BenchError, match="one row, not 64x4KiB"):
+                await pair.begin(dataclasses.replace(STREAM, shape=Shape(64, 4096)), warmup=1)
+
+    asyncio.run(measure())
+
+
+def test_streams_stand_beside_large_rows_only() -> None:
+    assert _iperf.is_stream(STREAM)
+    for shape in (Shape(4, 64 << 20), Shape(1, 4096)):
+        assert not _iperf.is_stream(dataclasses.replace(STREAM, shape=shape))
+
+
+@needs_nixl
+def test_nixl_over_tcp(place: _place.Place) -> None:
+    case = Case(Shape(64, 4096), "ordinary", "get", 0)
+    told = {"uvloop": False, "over": "tcp", "nixl_thread": "spin"}
+
+    async def measure() -> None:
+        async with _pair.Pair.start("nixl", told, place, nbytes=case.shape.span, memories=["ordinary"]) as pair:
+            await pair.begin(case, warmup=1)
+            check_stream(await pair.sample(case))
+            assert await pair.finish(case) == ""
+
+    asyncio.run(measure())
+
+
+def test_a_link_leaves_nothing_and_removes_what_the_dead_left() -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    subprocess.run(["ip", "netns", "add", f"asyncxfer-bench-{dead.pid}-target"], check=True)
+    with _place.veth(1500) as made:
+        shown = [name for name in os.listdir("/run/netns") if name.startswith("asyncxfer-bench-")]
+        assert sorted(shown) == sorted({made.initiator.prefix[-1], made.target.prefix[-1]})
+    assert not [name for name in os.listdir("/run/netns") if name.startswith(f"asyncxfer-bench-{os.getpid()}")]
+
+
+@pytest.mark.parametrize("options", [["--tls"], ["--link", "veth"]])
+def test_options_for_tcp_only(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    _cli.add_arguments(parser)
+    assert _cli.main(parser.parse_args(options)) == 2
+    assert "is for --over tcp" in capsys.readouterr().err
+
+
 # ---- processes that fail ------------------------------------------------------------------------------------------
 
 
 async def fail_a_worker() -> None:
-    worker = await _pair.Worker.start("asyncxfer", "initiator", {"uvloop": False, "nixl_progress_thread": True})
+    options = {"uvloop": False, "over": "host", "certificates": None, "checksum": False}
+    worker = await _pair.Worker.start("asyncxfer", "initiator", options)
     try:
         with pytest.raises(_pair.BenchError, match="'dance' is unknown"):
             await worker.ask("dance")
@@ -222,7 +377,8 @@ def a_line(*, problem: str = "") -> _compare.Line:
     ours = [_pair.Sample(seconds, 0.01, "shm") for seconds in (0.01, 0.02, 0.03)]
     theirs = [_pair.Sample(seconds, 0.02, "UCX") for seconds in (0.02, 0.06, 0.12)]
     lateness = percentiles([0.001])
-    return _compare.Line(case, _compare.Measured(case, ours, ""), _compare.Measured(case, theirs, problem), lateness)
+    nixl = {"NIXL": _compare.Measured(case, theirs, problem)}
+    return _compare.Line(case, _compare.Measured(case, ours, ""), nixl, lateness)
 
 
 def test_line_figures() -> None:
@@ -230,7 +386,7 @@ def test_line_figures() -> None:
     assert line.ratio == pytest.approx(3.0)  # the median of 2, 3 and 4
     assert line.ours.gigabytes_per_second == pytest.approx(65536 * 1024 / 0.02 / 1e9)
     assert line.ours.cpu_seconds_per_gib == pytest.approx(0.16)
-    assert dataclasses.replace(line, nixl=None).ratio is None
+    assert dataclasses.replace(line, rivals={}).ratio is None
 
 
 def test_wrong_bytes_are_shown_and_fail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +395,15 @@ def test_wrong_bytes_are_shown_and_fail(capsys: pytest.CaptureFixture[str]) -> N
     assert "3 of 1024 rows differ" in capsys.readouterr().out
     assert not _cli._verified(_report.to_plain(line))
     assert _cli._verified(_report.to_plain(a_line()))
+
+
+def test_tables_of_many_systems(capsys: pytest.CaptureFixture[str]) -> None:
+    line = a_line()
+    _report.show(_report.network_table([line]))
+    _report.show(_report.notify_table([_notify.Notified("NIXL", line.case, "tcp", [1e-6, 3e-6], "")]))
+    out = capsys.readouterr().out
+    assert re.search(r"NIXL +UCX +1\.12 GB/s +3\.00 ", out)
+    assert re.search(r"tcp +NIXL +2\.0 us +3\.0 us +verified", out)
 
 
 def test_other_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import json
+import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._shapes import DEFAULT_SHAPES, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from ._compare import Options, Over
 
 __all__ = ["add_arguments", "main"]
 
@@ -30,16 +35,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = _list_of(Shape.parse)
     add("--shapes", type=shapes, metavar="NxSIZE,...", help="rows and their size: 16384x4KiB,...")
     memories = _list_of(_one_of("mapped", "ordinary"))
-    add("--memory", type=memories, default=["mapped", "ordinary"], metavar="mapped,ordinary")
+    add("--memory", type=memories, metavar="mapped,ordinary", help="default: both; over TCP ordinary")
     add("--op", type=_list_of(_one_of("put", "get")), default=["put", "get"], metavar="put,get")
     add("--rounds", type=_at_least_one, default=20, help="timed rounds a case (default 20)")
     add("--warmup", type=_at_least_one, default=3, help="rounds before those (default 3)")
     add("--seed", type=int, default=0, help="of the remote order and of the bytes")
     add("--uvloop", action="store_true", help="run ours on uvloop")
     add("--json", action="store_true", help="print JSON instead of a table")
-    thread = "NIXL's progress thread; its own default, on, spins on a core a process"
-    add("--nixl-progress-thread", choices=["on", "off"], default="on", help=thread)
+    thread = "NIXL's progress thread: on (its own default; spins on a core a process), off (its sides are polled every "
+    thread += "millisecond), spin (off, and polled without pause); with several, each runs, and the fastest counts"
+    threads = _list_of(_one_of("on", "off", "spin"))
+    add("--nixl-progress-thread", type=threads, default=["on"], metavar="on,off,spin", help=thread)
+    over = "what systems may use: whatever is fastest on one host (default), or TCP, beside a plain socket and iperf3"
+    add("--over", choices=["host", "tcp"], help=over)
+    veth = "over TCP: on loopback, or between two network namespaces joined by a veth, which needs root"
+    add("--link", choices=["loopback", "veth"], default="loopback", help=veth)
+    add("--mtu", type=_at_least_one, default=1500, metavar="BYTES", help="of the veth (default 1500)")
+    add("--tls", action="store_true", help="over TCP: ours encrypts, beside ours in plain and `ssl`")
+    add("--checksum", action="store_true", help="ours checks every row, beside ours without")
     modes = parser.add_mutually_exclusive_group()
+    told = "instead: how soon a receiver knows of a put; on one host and over TCP, or what --over says"
+    modes.add_argument("--notify", action="store_true", help=told)
     late = "instead: how late the loop is in SECONDS without and with transfers back to back"
     modes.add_argument("--stall", type=float, metavar="SECONDS", help=late)
     many = "instead: this many small transfers at once, and the memory they keep"
@@ -48,14 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run what `arguments` ask for and print it; 0 if it ran and every byte was right."""
-    missing = _missing(arguments)
+    missing = _senseless(arguments) or _missing(arguments)
     if missing:
         print(f"asyncxfer bench: {missing}", file=sys.stderr)
         return 2
     from ._pair import BenchError
 
     try:
-        mode, results, table = asyncio.run(_run(arguments))
+        with contextlib.ExitStack() as stack:
+            options = _options(arguments, stack)
+            mode, results, table = asyncio.run(_run(arguments, options))
     except BenchError as error:
         print(f"asyncxfer bench: {error}", file=sys.stderr)
         return 1
@@ -66,42 +84,84 @@ def main(arguments: argparse.Namespace) -> int:
         head = {"mode": mode, "seed": arguments.seed, "machine": _report.machine()}
         head |= {"versions": _versions(arguments), "uvloop": arguments.uvloop}
         head |= {"rounds": arguments.rounds, "nixl_progress_thread": arguments.nixl_progress_thread}
+        head |= {"over": arguments.over or "host", "link": options.place.link}
+        head |= {"tls": arguments.tls, "checksum": arguments.checksum}
         print(json.dumps(head | {"results": plain}, indent=2))
     else:
         _report.show(table(results))
     return 0 if all(_verified(result) for result in plain) else 1
 
 
-async def _run(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], Callable[..., Any]]:
-    from . import _compare, _loop, _report
+def _options(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Options:
+    """What `arguments` ask for; `stack` ends what was made for it."""
+    from . import _compare, _iperf, _loop, _place
 
     shapes: Sequence[Shape] = DEFAULT_SHAPES
     if arguments.stall is not None:
         shapes = DEFAULT_SHAPES[:1]
     elif arguments.in_flight is not None:
         shapes = _loop.FLOOD_SHAPES
-    options = _compare.Options(
+    over_tcp = arguments.over == "tcp"
+    iperf = over_tcp and _iperf.is_installed()
+    if over_tcp and not iperf:
+        _progress(f"without iperf3, which is not installed; {_iperf.INSTALL}")
+    return _compare.Options(
         shapes=arguments.shapes or shapes,
-        memories=arguments.memory,
+        memories=arguments.memory or (["ordinary"] if over_tcp or arguments.notify else ["mapped", "ordinary"]),
         ops=arguments.op,
         rounds=arguments.rounds,
         warmup=arguments.warmup,
         seed=arguments.seed,
         uvloop=arguments.uvloop,
-        nixl=arguments.peer == "nixl",
-        nixl_progress_thread=arguments.nixl_progress_thread == "on",
+        nixl=arguments.nixl_progress_thread if arguments.peer == "nixl" else [],
+        over=arguments.over or "host",
+        place=stack.enter_context(_place.veth(arguments.mtu)) if arguments.link == "veth" else _place.LOOPBACK,
+        certificates=_certificates(stack) if arguments.tls else None,
+        checksum=arguments.checksum,
+        iperf=iperf,
     )
+
+
+def _certificates(stack: contextlib.ExitStack) -> str:
+    """Make a folder with those of both sides."""
+    from ._pair import BenchError
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncxfer-bench-"))
+    command = [sys.executable, "-m", "asyncxfer", "certs", folder, "initiator", "target"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode != 0:
+        raise BenchError(f"asyncxfer certs: {ran.stderr.strip()}")
+    return folder
+
+
+async def _run(arguments: argparse.Namespace, options: Options) -> tuple[str, Sequence[Any], Callable[..., Any]]:
+    from . import _compare, _loop, _notify, _report
+
     if arguments.stall is not None:
         stalls = await _loop.stall(options, _progress, seconds=arguments.stall)
         return "stall", stalls, _report.stall_table
     if arguments.in_flight is not None:
         floods = await _loop.flood(options, _progress, transfers=arguments.in_flight)
         return "in-flight", floods, _report.flood_table
-    return "compare", await _compare.compare(options, _progress), _report.line_table
+    if arguments.notify:
+        overs: list[Over] = [arguments.over] if arguments.over else ["host", "tcp"]
+        return "notify", await _notify.notify(options, _progress, overs=overs), _report.notify_table
+    lines = await _compare.compare(options, _progress)
+    shown_apart = options.over == "tcp" or options.checksum or len(options.nixl) > 1
+    return "compare", lines, _report.network_table if shown_apart else _report.line_table
 
 
 def _progress(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def _senseless(arguments: argparse.Namespace) -> str:
+    """What does not go together; or nothing."""
+    if arguments.over != "tcp":
+        for option, given in (("--link veth", arguments.link == "veth"), ("--tls", arguments.tls)):
+            if given:
+                return f"{option} is for --over tcp"
+    return ""
 
 
 def _missing(arguments: argparse.Namespace) -> str:
@@ -125,8 +185,8 @@ def _versions(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 
 def _verified(result: dict[str, Any]) -> bool:
-    systems = [result["ours"], result["nixl"]] if "ours" in result else [result]
-    return all(system["verified"] for system in systems if system is not None)
+    systems = [result["ours"], *result["rivals"].values()] if "ours" in result else [result]
+    return all(system["verified"] for system in systems)
 
 
 def _list_of(read: Callable[[str], _Item]) -> Callable[[str], list[_Item]]:

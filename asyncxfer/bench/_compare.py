@@ -1,8 +1,9 @@
-"""asyncxfer, and NIXL beside it: the same cases in one run, interleaved round by round.
+"""asyncxfer, and others beside it: the same cases in one run, interleaved round by round.
 
-A round of ours, a round of theirs, a round of ours: whatever the machine does meanwhile happens to
-both, and the ratio is the median over pairs of neighbouring rounds. While one runs, the other uses
-no processor. It knows nothing of how a side moves bytes or how the result is shown.
+A round of ours, a round of theirs, a round of ours: whatever the machine does meanwhile happens to all, and a ratio is
+the median over pairs of neighbouring rounds. While one runs, the others use no processor. Beside ours run NIXL, ours
+again without encryption or checksums where those are asked for, and what a plain stream carries on the same link. It
+knows nothing of how a side moves bytes or how the result is shown.
 """
 
 from __future__ import annotations
@@ -10,25 +11,45 @@ from __future__ import annotations
 import statistics
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from ._iperf import Iperf, is_stream
 from ._pair import Pair, Sample
+from ._place import LOOPBACK, Place
 from ._shapes import Case, Memory, Op, Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from ._nixl import Thread
     from ._side import Message
 
-__all__ = ["Line", "Measured", "Options", "compare"]
+Over = Literal["host", "tcp"]
+
+__all__ = ["OURS", "Line", "Measured", "Options", "Over", "Rival", "compare"]
 
 #: How long the loop is watched after the rounds of a case, in seconds.
 _WATCH = 0.25
 
+OURS = "asyncxfer"
+_THREADS: dict[Thread, str] = {"on": "thread on", "off": "thread off", "spin": "target spins"}
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a run covers; ``nixl`` says whether NIXL runs beside it."""
+    """What a run covers.
+
+    Attributes
+    ----------
+    nixl : sequence of {"on", "off", "spin"}
+        In which ways NIXL runs beside it, if at all: its progress thread, or how its sides are polled without.
+    over : {"host", "tcp"}
+        What both systems may use: whatever is fastest on one host, or TCP.
+    certificates : str or None
+        Folder with those of "initiator" and "target"; ours encrypts data if there is one.
+    iperf : bool
+        Whether iperf3 runs beside large rows, where a plain socket does.
+    """
 
     shapes: Sequence[Shape]
     memories: Sequence[Memory]
@@ -37,8 +58,12 @@ class Options:
     warmup: int
     seed: int
     uvloop: bool
-    nixl: bool
-    nixl_progress_thread: bool
+    nixl: Sequence[Thread]
+    over: Over = "host"
+    place: Place = LOOPBACK
+    certificates: str | None = None
+    checksum: bool = False
+    iperf: bool = False
 
     def cases(self) -> Iterator[Case]:
         """Every shape in every memory and direction."""
@@ -47,9 +72,37 @@ class Options:
                 for op in self.ops:
                     yield Case(shape, memory, op, self.seed)
 
-    def for_worker(self) -> Message:
-        """What a worker has to know of it."""
-        return {"uvloop": self.uvloop, "nixl_progress_thread": self.nixl_progress_thread}
+    def for_ours(self, *, plain: bool = False) -> Message:
+        """What a worker of ours has to know of it; with `plain`, without encryption and checksums."""
+        told = {"uvloop": self.uvloop, "over": self.over}
+        if plain:
+            return {**told, "certificates": None, "checksum": False}
+        return {**told, "certificates": self.certificates, "checksum": self.checksum}
+
+    def for_nixl(self, thread: Thread) -> Message:
+        """What a worker of NIXL has to know of it."""
+        return {"uvloop": self.uvloop, "over": self.over, "nixl_thread": thread}
+
+    def systems(self) -> Iterator[tuple[str, str, Message]]:
+        """Every system that takes rows: what to call it, what it is, and what its workers have to know."""
+        yield OURS, "asyncxfer", self.for_ours()
+        if self.certificates is not None or self.checksum:
+            yield f"{OURS}, plain", "asyncxfer", self.for_ours(plain=True)
+        for thread in self.nixl:
+            yield "NIXL" if len(self.nixl) == 1 else f"NIXL, {_THREADS[thread]}", "nixl", self.for_nixl(thread)
+
+
+class Rival(Protocol):
+    """Whatever can run the rounds of a case."""
+
+    async def begin(self, case: Case, *, warmup: int) -> None:
+        """Get ready for `case`."""
+
+    async def sample(self, case: Case) -> Sample:
+        """Run one round."""
+
+    async def finish(self, case: Case) -> str:
+        """Check the bytes; say what is wrong, or an empty string."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +126,41 @@ class Measured:
     @property
     def cpu_seconds_per_gib(self) -> float:
         """CPU time of both processes for each GiB moved: median over the rounds."""
-        median = statistics.median(sample.cpu_seconds for sample in self.samples)
-        return median / (self.case.shape.nbytes / (1 << 30))
+        return self._per_gib([sample.cpu_seconds for sample in self.samples])
+
+    @property
+    def target_cpu_seconds_per_gib(self) -> float:
+        """The target's part of it."""
+        return self._per_gib([sample.target_cpu_seconds for sample in self.samples])
+
+    def _per_gib(self, values: Sequence[float]) -> float:
+        return statistics.median(values) / (self.case.shape.nbytes / (1 << 30))
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One case: ours, theirs if it ran, and how late our loop was (percentiles in seconds)."""
+    """One case: ours, the others that ran, by name, and how late our loop was (percentiles in seconds)."""
 
     case: Case
     ours: Measured
-    nixl: Measured | None
+    rivals: Mapping[str, Measured]
     lateness: dict[str, float]
 
     @property
+    def nixl(self) -> Measured | None:
+        """NIXL if it ran; the fastest if it ran in several ways."""
+        ran = [measured for name, measured in self.rivals.items() if name.startswith("NIXL")]
+        return min(ran, key=lambda measured: measured.seconds, default=None)
+
+    @property
     def ratio(self) -> float | None:
-        """How many times NIXL's speed: median over pairs of neighbouring rounds."""
-        if self.nixl is None:
-            return None
-        pairs = zip(self.ours.samples, self.nixl.samples, strict=True)
-        return statistics.median(theirs.seconds / ours.seconds for ours, theirs in pairs)
+        """How many times NIXL's speed."""
+        return None if self.nixl is None else self.ratio_to(self.nixl)
+
+    def ratio_to(self, theirs: Measured) -> float:
+        """How many times the speed of `theirs`: median over pairs of neighbouring rounds."""
+        pairs = zip(self.ours.samples, theirs.samples, strict=True)
+        return statistics.median(their.seconds / our.seconds for our, their in pairs)
 
 
 async def compare(options: Options, report: Callable[[str], None]) -> list[Line]:
@@ -105,27 +173,43 @@ async def compare(options: Options, report: Callable[[str], None]) -> list[Line]
     """
     nbytes = max(shape.span for shape in options.shapes)
     async with AsyncExitStack() as stack:
-        pairs = {
-            system: await stack.enter_async_context(
-                Pair.start(system, options.for_worker(), nbytes=nbytes, memories=options.memories)
-            )
-            for system in (("asyncxfer", "nixl") if options.nixl else ("asyncxfer",))
-        }
+        pairs: dict[str, Pair] = {}
+        for name, system, told in options.systems():
+            pair = Pair.start(system, told, options.place, nbytes=nbytes, memories=options.memories)
+            pairs[name] = await stack.enter_async_context(pair)
+        ours = pairs.pop(OURS)
+        streams = await _streams(ours, options, stack) if options.over == "tcp" else {}
         lines = []
         for case in options.cases():
             report(f"{case.shape} {case.op} {case.memory}")
-            lines.append(await _line(case, pairs, options))
+            beside: dict[str, Rival] = {**pairs, **(streams if is_stream(case) else {})}
+            lines.append(await _line(case, ours, beside, options))
         return lines
 
 
-async def _line(case: Case, pairs: dict[str, Pair], options: Options) -> Line:
-    samples: dict[str, list[Sample]] = {system: [] for system in pairs}
-    for pair in pairs.values():
-        await pair.begin(case, warmup=options.warmup)
+async def _streams(ours: Pair, options: Options, stack: AsyncExitStack) -> dict[str, Rival]:
+    """What runs beside large rows: a plain socket, and iperf3 with one stream and with as many as ours has."""
+    largest = max(options.cases(), key=lambda case: case.shape.nbytes)
+    await ours.begin(largest, warmup=1)
+    counts = {1, (await ours.initiator.ask("streams"))["streams"]}
+    await ours.finish(largest)
+    streams: dict[str, Rival] = {}
+    told, nbytes = options.for_ours(), largest.shape.span
+    socket = Pair.start("stream", told, options.place, nbytes=nbytes, memories=options.memories)
+    streams["socket, 1"] = await stack.enter_async_context(socket)
+    for count in sorted(counts) if options.iperf else []:
+        streams[f"iperf3, {count}"] = await stack.enter_async_context(Iperf.start(options.place, streams=count))
+    return streams
+
+
+async def _line(case: Case, ours: Pair, rivals: Mapping[str, Rival], options: Options) -> Line:
+    systems: dict[str, Rival] = {OURS: ours, **rivals}
+    samples: dict[str, list[Sample]] = {name: [] for name in systems}
+    for system in systems.values():
+        await system.begin(case, warmup=options.warmup)
     for _ in range(options.rounds):
-        for system, pair in pairs.items():
-            samples[system].append(await pair.sample(case))
-    initiator = pairs["asyncxfer"].initiator
-    watched = await initiator.ask("stall", case=case.to_message(), seconds=_WATCH)
-    measured = {system: Measured(case, samples[system], await pair.finish(case)) for system, pair in pairs.items()}
-    return Line(case, measured["asyncxfer"], measured.get("nixl"), watched["lateness"])
+        for name, system in systems.items():
+            samples[name].append(await system.sample(case))
+    watched = await ours.initiator.ask("stall", case=case.to_message(), seconds=_WATCH)
+    measured = {name: Measured(case, samples[name], await system.finish(case)) for name, system in systems.items()}
+    return Line(case, measured.pop(OURS), measured, watched["lateness"])

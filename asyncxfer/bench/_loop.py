@@ -15,6 +15,7 @@ from ._shapes import Case, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from ._compare import Options
     from ._side import Message
@@ -82,11 +83,15 @@ async def stall(options: Options, report: Callable[[str], None], *, seconds: flo
     """
     results = []
     nbytes = max(shape.span for shape in options.shapes)
-    async with Pair.start("asyncxfer", options.for_worker(), nbytes=nbytes, memories=options.memories) as pair:
+    async with _pair(options, nbytes) as pair:
         for case in options.cases():
             report(f"{case.shape} {case.op} {case.memory}: {2 * seconds:.0f} s")
             results.append(await _stall_of(case, pair, seconds, options.warmup))
     return results
+
+
+def _pair(options: Options, nbytes: int) -> AbstractAsyncContextManager[Pair]:
+    return Pair.start("asyncxfer", options.for_ours(), options.place, nbytes=nbytes, memories=options.memories)
 
 
 async def _stall_of(case: Case, pair: Pair, seconds: float, warmup: int) -> Stall:
@@ -110,7 +115,7 @@ async def flood(options: Options, report: Callable[[str], None], *, transfers: i
     results = []
     wholes = {shape: _whole(shape, transfers) for shape in options.shapes}
     nbytes = max(whole.span for whole in wholes.values())
-    async with Pair.start("asyncxfer", options.for_worker(), nbytes=nbytes, memories=options.memories) as pair:
+    async with _pair(options, nbytes) as pair:
         for case in options.cases():
             for prepared in (False, True):
                 how = "prepared" if prepared else "called"

@@ -15,11 +15,11 @@ import importlib.metadata
 import importlib.util
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ._side import Message, Role, Side
+from ._side import PACE, TELL_WITHIN, Message, Role, Side, tags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from ._pattern import Bytes
     from ._shapes import Case, Memory, Rows
 
-__all__ = ["INSTALL", "NixlSide", "installed_version"]
+__all__ = ["INSTALL", "NixlSide", "Thread", "installed_version"]
+
+Thread = Literal["on", "off", "spin"]
 
 INSTALL = "pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1"
 _OPERATIONS = {"put": "WRITE", "get": "READ"}
@@ -46,20 +48,22 @@ class NixlSide(Side):
     Parameters
     ----------
     role : {"initiator", "target"}
-    progress_thread : bool
-        NIXL's own default is True: one thread an agent, which spins.
+    thread : {"on", "off", "spin"}
+        NIXL's own default is on: one thread an agent, which spins. Without it an agent answers only while it is
+        polled: with "off" every millisecond, with "spin" without pause.
     """
 
-    def __init__(self, role: Role, *, progress_thread: bool) -> None:
+    def __init__(self, role: Role, *, thread: Thread) -> None:
         api: Any = importlib.import_module("nixl._api")
-        config = api.nixl_agent_config(enable_prog_thread=progress_thread)
+        config = api.nixl_agent_config(enable_prog_thread=thread == "on")
         self._agent: Any = api.nixl_agent(role, config)
-        self._progress_thread = progress_thread
+        self._thread = thread
         self._array: Bytes = np.zeros(0, dtype=np.uint8)
         self._registration: Any = None
         self._peer = ""
         self._peer_start = 0
         self._prepared: list[Any] = []
+        self._notes: dict[bytes, float] = {}  # what has come, and when
         self._polling: asyncio.Task[None] | None = None
 
     async def open(self, nbytes: int, memories: Sequence[Memory]) -> str:
@@ -67,16 +71,20 @@ class NixlSide(Side):
         self._array[:] = 1  # every page is there before anything is registered or timed
         row = (self._array.ctypes.data, nbytes, 0, "")
         self._registration = self._agent.register_memory([row], "DRAM")
-        if not self._progress_thread:
-            # Without its thread an agent answers connection requests and keepalives only while it is polled.
+        if self._thread != "on":
             self._polling = asyncio.create_task(self._poll())
         metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
         return json.dumps({"metadata": metadata, "start": self._array.ctypes.data})
 
     async def _poll(self) -> None:
         while True:
-            self._agent.get_new_notifs()
-            await asyncio.sleep(0.001)
+            self._note()
+            await asyncio.sleep(0.001 if self._thread == "off" else 0)
+
+    def _note(self) -> None:
+        """Take what notifications have come, with the time."""
+        for came in self._agent.get_new_notifs().values():
+            self._notes.update(dict.fromkeys(came, time.perf_counter()))
 
     async def connect(self, address: str) -> None:
         message = json.loads(address)
@@ -104,6 +112,31 @@ class NixlSide(Side):
                 raise RuntimeError(f"NIXL ended a transfer in state {state}")
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": "UCX"}
+
+    async def tell(self, count: int) -> list[float]:
+        request, times = self._prepared[0], []
+        for tag in tags(count):
+            times.append(time.perf_counter())
+            state = self._agent.transfer(request, tag)
+            while state == "PROC":
+                state = self._agent.check_xfer_state(request)
+            if state != "DONE":
+                raise RuntimeError(f"NIXL ended a transfer in state {state}")
+            end = time.perf_counter() + PACE
+            while time.perf_counter() < end:
+                self._note()  # without its thread, this is what sends
+        return times
+
+    async def listen(self, count: int) -> list[float]:
+        times: list[float] = []
+        for tag in tags(count):
+            end = time.perf_counter() + TELL_WITHIN
+            while tag not in self._notes:
+                if time.perf_counter() > end:
+                    raise TimeoutError(f"{len(times)} of {count} notifications came, then none for {TELL_WITHIN:.0f} s")
+                self._note()
+            times.append(self._notes.pop(tag))
+        return times
 
     async def release(self) -> None:
         if self._prepared:

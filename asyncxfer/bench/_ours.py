@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import os
 import time
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncxfer import Agent, DescriptorList, Peer, Plan, Region, Transfer
+from asyncxfer import Agent, Certificates, DescriptorList, Peer, Plan, Region, Transfer
 
-from ._side import Message, Role, Side
+from ._side import PACE, TELL_WITHIN, Message, Side, tags
 from ._ticker import Ticker, percentiles
 
 if TYPE_CHECKING:
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
 __all__ = ["OurSide"]
 
 _LET_GO = 0.1
+_ESTABLISHED = "01"  # as /proc/net/tcp writes it
 
 
 class OurSide(Side):
-    """An initiator or a target that is an `Agent` with its default settings."""
+    """An initiator or a target that is an `Agent` with its default settings, or one that knows TCP only."""
 
-    def __init__(self, role: Role) -> None:
-        self._agent = Agent(role)
+    def __init__(self, options: Message) -> None:
+        self._agent = _agent(options)
+        self._checksum: bool = options["checksum"]
         self._regions: dict[Memory, Region] = {}
         self._arrays: dict[Memory, Bytes] = {}
         self._peer: Peer | None = None
@@ -63,7 +66,7 @@ class OurSide(Side):
     async def prepare(self, case: Case) -> None:
         here = self._regions[case.memory].descriptors(*case.rows(case.local_order()))
         there = self._connected()[case.memory].descriptors(*case.rows(case.remote_order()))
-        self._plan = self._agent.prepare(case.op, here, there)
+        self._plan = self._agent.prepare(case.op, here, there, checksum=self._checksum)
 
     async def run(self, repeats: int) -> Message:
         plan = self._prepared()
@@ -76,11 +79,31 @@ class OurSide(Side):
     async def release(self) -> None:
         self._plan = None
 
+    async def tell(self, count: int) -> list[float]:
+        plan, times = self._prepared(), []
+        for tag in tags(count):
+            times.append(time.perf_counter())
+            await plan(notify=tag)
+            await asyncio.sleep(PACE)
+        return times
+
+    async def listen(self, count: int) -> list[float]:
+        times = []
+        for tag in tags(count):
+            await self._agent.expect(tag, timeout=TELL_WITHIN)
+            times.append(time.perf_counter())
+        return times
+
     async def close(self) -> None:
         await self._agent.aclose()
 
     def memory(self, memory: Memory) -> Bytes:
         return self._arrays[memory]
+
+    async def answer(self, message: Message) -> Message:
+        if message["do"] == "streams":
+            return {"streams": _connections() - 1}  # one of them is for control
+        return await super().answer(message)
 
     async def answer_more(self, do: str, case: Case, message: Message) -> Message:
         if do == "idle":
@@ -144,10 +167,32 @@ class OurSide(Side):
         return self._peer
 
 
+def _agent(options: Message) -> Agent:
+    """The agent that `options` ask for."""
+    role, folder = options["role"], options["certificates"]
+    if options["over"] == "host":
+        return Agent(role)
+    config = {"open_listener": True, "unix_socket": False, "encrypt_data": folder is not None}
+    network: dict[str, Any] = {"listen": f"tcp://{options['address']}:0", "backends": ["tcp"], "config": config}
+    if folder is not None:
+        files = [str(Path(folder, name)) for name in (f"{role}.pem", f"{role}-key.pem", "ca.pem")]
+        network["credentials"] = Certificates(*files)
+    return Agent(role, **network)
+
+
 async def _tick_while_idle(seconds: float) -> Message:
     with Ticker() as ticker:
         await asyncio.sleep(seconds)
     return {"lateness": percentiles(ticker.lateness), "ticks": len(ticker.lateness)}
+
+
+def _connections() -> int:
+    """TCP connections that this process has."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    own = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    tables = [Path("/proc/self/net", name).read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    return sum(row[3] == _ESTABLISHED and row[9] in own for row in rows)
 
 
 async def _private_bytes() -> int:

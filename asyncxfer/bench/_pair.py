@@ -22,6 +22,7 @@ from ._worker import MAX_LINE
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from ._place import Place
     from ._shapes import Case, Memory
     from ._side import Message, Role
 
@@ -42,6 +43,7 @@ class Sample:
     seconds: float
     cpu_seconds: float
     backend: str
+    target_cpu_seconds: float = 0.0  # part of `cpu_seconds`
 
 
 class Worker:
@@ -54,16 +56,17 @@ class Worker:
         self._clock = (~process.pid << 3) | 2
 
     @classmethod
-    async def start(cls, system: str, role: Role, options: Message) -> Worker:
-        """Start a process as `role` of `system`."""
+    async def start(cls, system: str, role: Role, options: Message, *, prefix: Sequence[str] = ()) -> Worker:
+        """Start a process as `role` of `system`, with `prefix` before its command."""
         argument = json.dumps({"system": system, "role": role, **options})
         quiet = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "error"}
+        only_tcp = {"UCX_TLS": "tcp"} if options["over"] == "tcp" else {}
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", f"{__package__}._worker", argument),
+            *(*prefix, sys.executable, "-m", f"{__package__}._worker", argument),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=MAX_LINE,
-            env={**quiet, **os.environ},
+            env={**quiet, **os.environ, **only_tcp},
         )
         return cls(f"{system} {role}", process)
 
@@ -146,15 +149,17 @@ class Pair:
     @classmethod
     @asynccontextmanager
     async def start(
-        cls, system: str, options: Message, *, nbytes: int, memories: Sequence[Memory]
+        cls, system: str, options: Message, place: Place, *, nbytes: int, memories: Sequence[Memory]
     ) -> AsyncIterator[Pair]:
-        """Start two processes of `system` that have each opened `memories` and are connected."""
+        """Start two processes of `system` in `place` that have each opened `memories` and are connected."""
         workers: list[Worker] = []
+        roles: tuple[Role, ...] = ("initiator", "target")
         try:
-            initiator = await Worker.start(system, "initiator", options)
-            workers.append(initiator)
-            target = await Worker.start(system, "target", options)
-            workers.append(target)
+            for role in roles:
+                seat = place.seat(role)
+                told = {**options, "address": seat.address}
+                workers.append(await Worker.start(system, role, told, prefix=seat.prefix))
+            initiator, target = workers
             opening = [worker.ask("open", nbytes=nbytes, memories=memories) for worker in workers]
             _, opened = await asyncio.gather(*opening)
             await initiator.ask("connect", address=opened["address"])
@@ -194,9 +199,10 @@ class Pair:
         self.wake()
         cpu = self.target.cpu_seconds()
         answer = await self.initiator.ask("run", repeats=repeats)
-        cpu = answer["cpu_seconds"] + self.target.cpu_seconds() - cpu
+        target_cpu = self.target.cpu_seconds() - cpu
         self.rest()
-        return Sample(answer["seconds"] / repeats, cpu / repeats, answer["backend"])
+        each = (answer["cpu_seconds"] + target_cpu) / repeats
+        return Sample(answer["seconds"] / repeats, each, answer["backend"], target_cpu_seconds=target_cpu / repeats)
 
     async def finish(self, case: Case) -> str:
         """Check every byte of the destination; say what is wrong, or an empty string."""

@@ -15,15 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compare import Line, Measured
+from ._compare import OURS, Line, Measured
 from ._loop import Flood, Stall
+from ._notify import Notified
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ._shapes import Case
 
-__all__ = ["Table", "flood_table", "line_table", "machine", "show", "stall_table", "to_plain"]
+__all__ = [
+    "Table",
+    "flood_table",
+    "line_table",
+    "machine",
+    "network_table",
+    "notify_table",
+    "show",
+    "stall_table",
+    "to_plain",
+]
 
 #: Below this many bytes a transfer is told by its time, not by its throughput.
 _SMALL = 256 << 10
@@ -55,6 +66,37 @@ def line_table(lines: Sequence[Line]) -> Table:
         "Medians. x NIXL: how many times as fast, median over neighbouring rounds. CPU: both "
         "processes.\nLoop late: latest tick of a 1 ms ticker while ours is repeated, untimed."
     )
+    return Table(headers, rows, note)
+
+
+def network_table(lines: Sequence[Line]) -> Table:
+    """Every system that ran, one row a case and system."""
+    headers = ["shape", "op", "system", "by", "speed", "ours is x", "CPU s/GiB", "initiator", "target", "loop late"]
+    rows = []
+    for line in lines:
+        for name, system in {OURS: line.ours, **line.rivals}.items():
+            both, target = system.cpu_seconds_per_gib, system.target_cpu_seconds_per_gib
+            own = system is line.ours
+            cells = [str(line.case.shape), line.case.op, name, system.samples[-1].backend, _speed(system)]
+            cells += ["" if own else f"{line.ratio_to(system):.2f}", f"{both:.3f}", f"{both - target:.3f}"]
+            rows.append([*cells, f"{target:.3f}", _ms(line.lateness["max"]) if own else "", _verdict(system.problem)])
+    note = (
+        "Medians. Ours is x: how many times as fast, median over neighbouring rounds. Behind socket and iperf3: how "
+        "many\nstreams; nobody looks at the bytes of iperf3, and it never encrypts. Loop late: latest tick of a 1 ms "
+        "ticker while\nours is repeated, untimed."
+    )
+    return Table([*headers, "bytes"], rows, note)
+
+
+def notify_table(results: Sequence[Notified]) -> Table:
+    """How soon receivers know, one row a system."""
+    headers = ["shape", "memory", "over", "system", "p50", "p99", "bytes"]
+    rows = []
+    for result in results:
+        times = [f"{result.percentile(percent) * 1e6:.1f} us" for percent in (50, 99)]
+        cells = [str(result.case.shape), result.case.memory, result.over, result.system]
+        rows.append([*cells, *times, _verdict(result.problem)])
+    note = "From posting a put with a notification until the target has it; NIXL's target polls without pause."
     return Table(headers, rows, note)
 
 
@@ -106,16 +148,21 @@ def show(table: Table) -> None:
     print(table.note)
 
 
-def to_plain(result: Line | Stall | Flood) -> dict[str, Any]:
+def to_plain(result: Line | Stall | Flood | Notified) -> dict[str, Any]:
     """One result as plain values, for JSON; times in seconds, sizes in bytes."""
     case = result.case
     plain: dict[str, Any] = {"shape": str(case.shape), "op": case.op, "memory": case.memory}
     if isinstance(result, Line):
         plain |= {"ours": _measured(result.ours), "ratio": result.ratio}
         plain |= {"nixl": _measured(result.nixl) if result.nixl else None}
+        rivals = {name: _measured(rival) | {"ratio": result.ratio_to(rival)} for name, rival in result.rivals.items()}
+        plain |= {"rivals": rivals}
         plain |= {"lateness": result.lateness}
         return plain
-    if isinstance(result, Stall):
+    if isinstance(result, Notified):
+        plain |= {"system": result.system, "over": result.over, "samples": list(result.seconds)}
+        plain |= {"p50": result.percentile(50), "p99": result.percentile(99)}
+    elif isinstance(result, Stall):
         plain |= {"idle": result.idle, "moving": result.moving, "transfers": result.transfers}
         plain |= {"gigabytes_per_second": result.gigabytes_per_second}
     else:
@@ -142,6 +189,7 @@ def _measured(measured: Measured) -> dict[str, Any]:
         "seconds": measured.seconds,
         "gigabytes_per_second": measured.gigabytes_per_second,
         "cpu_seconds_per_gib": measured.cpu_seconds_per_gib,
+        "target_cpu_seconds_per_gib": measured.target_cpu_seconds_per_gib,
         "samples": [sample.seconds for sample in measured.samples],
         "verified": not measured.problem,
         "problem": measured.problem,
@@ -163,7 +211,7 @@ def _ms(seconds: float) -> str:
 
 
 def _problems(line: Line) -> list[str]:
-    return [system.problem for system in (line.ours, line.nixl) if system is not None]
+    return [system.problem for system in (line.ours, *line.rivals.values())]
 
 
 def _verdict(*problems: str) -> str:

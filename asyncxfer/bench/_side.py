@@ -16,10 +16,19 @@ from ._shapes import Case, Memory
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Message", "Role", "Side"]
+__all__ = ["PACE", "TELL_WITHIN", "Message", "Role", "Side", "tags"]
+
+#: How long after one notification the next is posted, and within which one has to come; in seconds.
+PACE = 0.001
+TELL_WITHIN = 10.0
 
 Message = dict[str, Any]
 Role = Literal["initiator", "target"]
+
+
+def tags(count: int) -> list[bytes]:
+    """The notifications of a round."""
+    return [b"note-%d" % number for number in range(count)]
 
 
 class Side(ABC):
@@ -59,6 +68,14 @@ class Side(ABC):
     def memory(self, memory: Memory) -> _pattern.Bytes:
         """The bytes that `open` registered."""
 
+    async def tell(self, count: int) -> list[float]:
+        """Move the prepared case `count` times with a notification each, one after the other; when each was posted."""
+        raise ValueError(f"{type(self).__name__} has no notifications")
+
+    async def listen(self, count: int) -> list[float]:
+        """Wait for the notifications of `tell`; when each had come."""
+        raise ValueError(f"{type(self).__name__} has no notifications")
+
     async def answer(self, message: Message) -> Message:
         """Do one command and give its answer.
 
@@ -77,6 +94,10 @@ class Side(ABC):
             return await self.run(message["repeats"])
         elif do == "release":
             await self.release()
+        elif do == "tell":
+            return {"times": await self.tell(message["count"])}
+        elif do == "listen":
+            return {"times": await self.listen(message["count"])}
         elif case is None:
             raise ValueError(f"command {do!r} is unknown, or came without its case")
         elif do == "prepare":

@@ -33,10 +33,14 @@ def _side(options: Message) -> Side:
     if options["system"] == "nixl":
         from ._nixl import NixlSide
 
-        return NixlSide(options["role"], progress_thread=options["nixl_progress_thread"])
+        return NixlSide(options["role"], thread=options["nixl_thread"])
+    if options["system"] == "stream":
+        from ._stream import StreamSide
+
+        return StreamSide(options)
     from ._ours import OurSide
 
-    return OurSide(options["role"])
+    return OurSide(options)
 
 
 async def _serve(options: Message, answers: IO[str]) -> None:
