@@ -111,9 +111,12 @@ class Puppet:
         assert self._agent is not None
         return self._agent
 
-    async def start(self, name: str, config: dict[str, Any] | None = None, **options: Any) -> bytes:
+    async def start(
+        self, name: str, config: dict[str, Any] | None = None, *, credentials: Credentials | None = None, **options: Any
+    ) -> bytes:
         """Start an agent; its metadata."""
-        self._agent = await Agent(name, config=config, **options).start()
+        made = None if credentials is None else getattr(asyncxfer, credentials[0])(*credentials[1:])
+        self._agent = await Agent(name, config=config, credentials=made, **options).start()
         return self._agent.metadata()
 
     async def region(
