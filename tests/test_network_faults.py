@@ -140,9 +140,10 @@ async def one(network: Network, number: int, draw: random.Random) -> list[str]:
         )
         for n in range(draw.choice((1, 3)))
     ]
-    _, *ended = await asyncio.wait_for(
-        asyncio.gather(strike(network, fault, draw, posted), *map(outcome, posted)), TIMEOUT + LATER
-    )
+    async with asyncio.timeout(TIMEOUT + LATER), asyncio.TaskGroup() as tasks:
+        tasks.create_task(strike(network, fault, draw, posted))
+        waits = [tasks.create_task(outcome(transfer)) for transfer in posted]
+    ended = [wait.result() for wait in waits]
     mend(network.host, fault)
     assert set(ended) <= ALLOWED.get(fault, {"done"}), f"{fault}: {ended}"
     if "done" in ended and op == "get":
