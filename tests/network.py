@@ -22,7 +22,7 @@ def far(
     name: str, *, listen: str | list[str] | None = LOCAL, config: dict[str, Any] | None = None, **more: Any
 ) -> Agent:
     """An agent that others reach over TCP only, without data connections unless backends are given."""
-    return Agent(name, listen=listen, config=FAR | (config or {}), **{"backends": ["local"], **more})
+    return Agent(name, listen=listen, config=FAR | (config or {}), **{"backends": ["local", "shm"], **more})
 
 
 def addresses(metadata: bytes) -> list[str]:
