@@ -213,6 +213,23 @@ async def test_an_initiator_that_was_killed_is_lost_after_a_while(cast: Cast) ->
             await expecting
 
 
+async def test_an_initiator_that_was_killed_is_lost_when_it_comes_back_as_another(cast: Cast) -> None:
+    async with far("b", config={"lost_after": 60.0}) as b, within():
+        first, second = cast.spawn(), cast.spawn()
+        await first.call("start", "there", FAR)
+        await first.call("connect", b.metadata())
+        events = b.events()
+        expecting = asyncio.ensure_future(b.expect(b"never", peer="there"))
+        first.kill()
+        await until_state(events, PeerState.SUSPECT, "there")
+        await second.call("start", "there", FAR)
+        await second.call("connect", b.metadata())
+        await until_state(events, PeerState.LOST, "there")
+        await until_state(events, PeerState.RESTARTED, "there")
+        with pytest.raises(PeerLostError, match=r"generation \d+ has taken its place"):
+            await expecting
+
+
 async def test_a_stopped_peer_is_suspect_until_it_is_heard_again(cast: Cast) -> None:
     other = cast.spawn()
     metadata = await other.call("start", "there", FAR, listen=LOCAL)
