@@ -246,6 +246,22 @@ async def test_a_stopped_peer_is_suspect_until_it_is_heard_again(cast: Cast) -> 
         await other.call("expect", b"while it was stopped")
 
 
+async def test_a_stopped_peer_with_much_to_read_is_not_taken_for_a_host_that_is_gone(cast: Cast) -> None:
+    other = cast.spawn()
+    metadata = await other.call("start", "there", FAR, listen=LOCAL)
+    async with far("a", config={"suspect_after": 0.2, "lost_after": 1.0}) as a, within():
+        peer = await a.connect(metadata)
+        first = a._live.peers._lines[peer].outgoing  # type: ignore[union-attr]
+        other.stop()
+        sent = [peer.notify(b"%03d" % n + bytes(10_000)) for n in range(100)]
+        await asyncio.sleep(3)  # several times what a host that is gone is given
+        assert peer.state is PeerState.SUSPECT
+        assert a._live.peers._lines[peer].outgoing is first  # type: ignore[union-attr]
+        other.resume()
+        await asyncio.gather(*sent)
+        assert a._live.peers._lines[peer].outgoing is first  # type: ignore[union-attr]
+
+
 # ---- grants -------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from lent import until
 from network import CONTROL, DATA, GO_ON, Raw, far, framed, port_of
 from stage import within
 
-from asyncxfer import Agent, Certificates, Config, PeerLostError, PeerState, PreSharedKey, _outgoing, _sockets
+from asyncxfer import Agent, Certificates, Config, PeerLostError, PeerState, PreSharedKey, _outgoing, _sockets, _stream
 from asyncxfer._identity import host, process
 from asyncxfer._metadata import Beat, Bye, Hello, Letter, LetterAck, Ready, encode_frame
 
@@ -237,7 +237,8 @@ async def test_a_replayed_hello_is_another_connection_and_takes_nothing_over() -
         assert peer.state is PeerState.JOINED
 
 
-async def test_a_peer_that_reads_nothing_is_let_go() -> None:
+async def test_a_peer_that_reads_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_stream, "_UNSENT", 1 << 20)
     async with within(), far("b", config={"lost_after": 0.5, "handshake_timeout": 0.5}) as b:
         events = b.events()
         with Raw(port_of(b.metadata())) as raw:
