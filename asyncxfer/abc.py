@@ -159,7 +159,7 @@ class PeerInfo:
         What the peer's own backend of this kind returned from `Backend.address`.
     dial : callable or None
         Makes the connection of some index to the peer's backend of this name, or raises PeerLostError or
-        BackendError; None for peers of this host that did not come over the network.
+        BackendError; None for a peer that has no address on a network.
     """
 
     name: str

@@ -16,7 +16,7 @@ from lent import until
 from network import CONTROL, DATA, GO_ON, Raw, far, framed, port_of
 from stage import within
 
-from asyncxfer import Agent, Certificates, Config, PeerLostError, PeerState, PreSharedKey, _sockets
+from asyncxfer import Agent, Certificates, Config, PeerLostError, PeerState, PreSharedKey, _outgoing, _sockets, _stream
 from asyncxfer._identity import host, process
 from asyncxfer._metadata import Beat, Bye, Hello, Letter, LetterAck, Ready, encode_frame
 
@@ -202,6 +202,7 @@ async def test_a_stranger_that_says_no_hello_is_closed(frames: bytes) -> None:
         framed(encode_frame(LetterAck(1))),
         framed(encode_frame(Letter(2, b"N", b"tag"))),
         framed(encode_frame(Letter(1, b"X", b"tag"))),
+        framed(encode_frame(Letter(1, b"I", b"tag"))),
         framed(b"M" + bytes(100)),
         b"\xff\xff\xff\xff",
     ],
@@ -236,7 +237,8 @@ async def test_a_replayed_hello_is_another_connection_and_takes_nothing_over() -
         assert peer.state is PeerState.JOINED
 
 
-async def test_a_peer_that_reads_nothing_is_let_go() -> None:
+async def test_a_peer_that_reads_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_stream, "_UNSENT", 1 << 20)
     async with within(), far("b", config={"lost_after": 0.5, "handshake_timeout": 0.5}) as b:
         events = b.events()
         with Raw(port_of(b.metadata())) as raw:
@@ -249,6 +251,19 @@ async def test_a_peer_that_reads_nothing_is_let_go() -> None:
                 await asyncio.sleep(0)
             states = [(await anext(events)).state for _ in range(2)]
             assert states == [PeerState.SUSPECT, PeerState.LOST]
+
+
+async def test_a_target_that_tells_of_too_many_regions_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_outgoing, "SLOTS", 3)
+    async with within(), far("a") as a, far("b") as b:
+        regions = [await b.register(bytearray(8)) for _ in range(3)]
+        peer = await a.connect("b")
+        await regions.pop().aclose()
+        await b.register(bytearray(8), name="third")
+        await peer.region("third")
+        await b.register(bytearray(8))
+        await until(lambda: peer.state is PeerState.LOST)
+        assert "more than 3 regions" in str(peer.lost)
 
 
 # ---- many, and slow -----------------------------------------------------------------------------------------------
