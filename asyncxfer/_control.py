@@ -372,6 +372,7 @@ class Acceptor:
             if connection is not None:
                 connection.close()
             raise
+        _sockets.be_patient(sock)
         service.adopt(Stream(sock.detach(), asked.number, connection))
 
     def _service(self, asked: Asked) -> Service:
