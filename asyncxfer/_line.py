@@ -241,13 +241,14 @@ class Line:
         """Stop connecting again."""
         self.end(why)
         if self.redialling is not None and self.redialling is not asyncio.current_task():
-            self.redialling.cancel()
             await asyncio.wait([self.redialling])
 
     def end(self, why: str) -> None:
         """Make no connections any more; what was not acknowledged is lost."""
         self._over = why
         self.letters.fail()
+        if self.redialling is not None and self.redialling is not asyncio.current_task():
+            self.redialling.cancel()
 
 
 def _parsed(text: str) -> Address | None:

@@ -208,6 +208,13 @@ class StreamChannel:
             return
         self.heard = self._loop.time()
         self._take(data)
+        if self._watched and _hung_up(self.sock):
+            self._loop.call_soon(self._rest)
+
+    def _rest(self) -> None:
+        """Read on: uvloop says only once that a socket has an error, which may not be seen before all has been read."""
+        if self._watched:
+            self._readable()
 
     def _take(self, data: bytes) -> None:
         try:
@@ -276,7 +283,8 @@ class StreamChannel:
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
-            return len(data)  # the reading side learns that the peer is gone, and says so
+            self._loop.call_soon(self._rest)  # the reading side learns that the peer is gone, and says so
+            return len(data)
 
     def _writable(self) -> None:
         del self._unsent[: self._transmit(self._unsent)]
