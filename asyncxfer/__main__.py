@@ -1,4 +1,4 @@
-"""The command line: ``asyncxfer doctor`` and ``asyncxfer bench``, also as ``python -m asyncxfer``.
+"""The command line: ``asyncxfer doctor``, ``asyncxfer bench`` and ``asyncxfer certs``, also as ``python -m asyncxfer``.
 
 It knows the names of the subcommands and their options; what a subcommand needs is imported when
 that one is run.
@@ -10,6 +10,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from . import _certs
 from .bench import _cli
 
 if TYPE_CHECKING:
@@ -26,9 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench = commands.add_parser("bench", help="measure transfers between two processes")
     _cli.add_arguments(bench)
+    certs = commands.add_parser("certs", help="make certificates for agents, and an authority that signs them")
+    _certs.add_arguments(certs)
     options = parser.parse_args(arguments)
     if options.command == "bench":
         return _cli.main(options)
+    if options.command == "certs":
+        return _certs.main(options)
     from ._doctor import main as run_doctor
 
     return run_doctor(options)

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from . import _chooser, _identity, _loops, _metadata, _plugins
+from . import _address, _chooser, _identity, _loops, _metadata, _plugins
 from ._chooser import Explanation
 from ._config import Config
+from ._credentials import Credentials
 from ._descriptors import DescriptorList
 from ._errors import AccessError, ClosedError, ConfigError, DescriptorError, TransferTimeout
-from ._fast import engine, outbox
+from ._fast import engine, outbox, poller
+from ._grants import Granted
 from ._inbox import Notification
 from ._memory import Access
 from ._peer import Peer, PeerEvent
@@ -64,15 +66,19 @@ class Agent:
         Where agents find each other; None: in this process.
     backends : iterable of str or Backend, or None
         Which ways to use; None for all that load here.
-    listen : None
-        This host only.
+    listen : str, sequence of str, or None
+        Where agents of other hosts reach this one: ``"tcp://HOST:PORT"``, port 0 for any free one, with
+        ``?advertise=HOST`` or ``?advertise=HOST:PORT`` where they see it under another address. None: agents of this
+        host only.
+    credentials : Certificates, PreSharedKey or None
+        Who this agent is to those it talks to over TCP, and whom it believes. None: they are not asked.
     config : Config, mapping or None
         Tunables; see `Config`.
 
     Raises
     ------
     ConfigError
-        A key of `config`, or a value, that does not exist.
+        A key of `config`, or a value, that does not exist; or `listen` is malformed.
 
     Examples
     --------
@@ -89,13 +95,16 @@ class Agent:
         *,
         directory: str | Directory | None = None,
         backends: Iterable[_plugins.BackendSpec] | None = None,
-        listen: None = None,
+        listen: str | Sequence[str] | None = None,
+        credentials: Credentials | None = None,
         config: Config | Mapping[str, Any] | None = None,
     ) -> None:
         if not name or len(name) > 255 or not name.isprintable():
             raise ConfigError(f"agent name {name!r}: expected 1 to 255 printable characters")
-        if listen is not None:
-            raise ConfigError(f"listen={listen!r}: this version talks to agents of this host only; expected None")
+        if credentials is not None and not isinstance(credentials, Credentials):
+            raise ConfigError(f"credentials are {credentials!r}; expected Certificates(...) or PreSharedKey(...)")
+        self._listen = _address.listening(listen)
+        self._credentials = credentials
         self.name = name
         self.config = Config.load(config)
         self._directory = open_directory(directory)
@@ -116,22 +125,24 @@ class Agent:
         BackendError
             A backend that was asked for does not load.
         ConfigError
-            The name is taken.
+            The name is taken, or an address cannot be listened on: it is in use, or it can be reached from other
+            hosts and there are no credentials.
         """
         if self._live is not None:
             raise ConfigError(f"agent {self.name!r} was started before; an agent lives once")
         loop = asyncio.get_running_loop()
         backends, refused = _plugins.load(self._wanted, self.config)
         flights = Flights(loop, _loops.acquire(loop), self.config.notification_bytes)
-        peers = Peers(self.name, (self._probe.ctypes.data, self._probe.tobytes()), backends, flights, self.config)
+        probe = self._probe.ctypes.data, self._probe.tobytes()
+        peers = Peers(self.name, probe, backends, flights, self._credentials, self.config)
         regions = Regions(self.name, backends, refused, peers.acceptor, flights, self.config, self._in_thread)
         self._live = _Live(flights, peers, regions, backends, refused)
         _agents.add(self)
-        peers.start()
         try:
+            await peers.start(self._listen)
             await self._directory.publish(self.name, self.metadata())
         except BaseException:
-            await self._end("the agent could not be published")
+            await self._end("the agent could not be started")
             raise
         return self
 
@@ -225,7 +236,9 @@ class Agent:
 
     # ---- regions -------------------------------------------------------------------------------------------------
 
-    def register(self, obj: object, *, name: str | None = None, access: Access = "rw") -> Opening:
+    def register(
+        self, obj: object, *, name: str | None = None, access: Access = "rw", grants: Granted = None
+    ) -> Opening:
         """Make memory reachable for peers, and usable in transfers.
 
         Parameters
@@ -236,6 +249,9 @@ class Agent:
             By which peers find it; None gives it a number.
         access : {"r", "w", "rw"}
             What peers may do: get from it, put to it. Read-only memory is only ever read.
+        grants : mapping of str to access, iterable of str, or None
+            Who may do so: peers by name, each with an access of its own or all with `access`. The others do not know
+            of the region. None: every peer. `Region.grant` and `Region.revoke` change it later.
 
         Returns
         -------
@@ -247,7 +263,7 @@ class Agent:
         RegistrationError
             By the await: the memory cannot be described or used, or the name is taken.
         """
-        return Opening(lambda: self._open().regions.register(obj, name, access))
+        return Opening(lambda: self._open().regions.register(obj, name, access, grants))
 
     def allocate(
         self,
@@ -257,6 +273,7 @@ class Agent:
         kind: str = "dram",
         name: str | None = None,
         access: Access = "rw",
+        grants: Granted = None,
         huge_pages: bool = False,
     ) -> Opening:
         """Make a region of new, zeroed memory that processes of this host can map.
@@ -267,7 +284,7 @@ class Agent:
         dtype : data type
         kind : {"dram"}
             Kind of memory.
-        name, access
+        name, access, grants
             As in `register`.
         huge_pages : bool
             Take huge pages where the system has free ones.
@@ -282,7 +299,9 @@ class Agent:
         RegistrationError
             By the await: there is not that much memory, or no such kind here.
         """
-        return Opening(lambda: self._open().regions.allocate(shape, dtype, kind, name, access, huge_pages=huge_pages))
+        return Opening(
+            lambda: self._open().regions.allocate(shape, dtype, kind, name, access, grants, huge_pages=huge_pages)
+        )
 
     # ---- peers ---------------------------------------------------------------------------------------------------
 
@@ -391,7 +410,8 @@ class Agent:
         priority : int
             Above 0 before, below 0 after what is in flight with 0.
         checksum : bool
-            Verify at the destination. No backend of this version does: with True there is no route.
+            Verify at the destination, by a CRC32C of each part; rows that come wrong are asked for once more. Only
+            backends that go over a network do.
 
         Returns
         -------
@@ -448,7 +468,8 @@ class Agent:
         rows = int(pairs["count"].sum())
         offers = _offers(live, op, here, there)
         if checksum:
-            offers = [(n, Offer(o.via, reason="does not compute checksums")) for n, o in offers]
+            unable = {name for name, backend in live.backends.items() if not backend.checksums}
+            offers = [(n, Offer(o.via, reason="computes no checksums") if n in unable else o) for n, o in offers]
         taken = _chooser.choose(_chooser.weigh(op, rows, local.nbytes, offers, backend))
         remote_registration: Registration | RemoteRegistration
         peer, link, slot, epoch, endpoint = self.name, None, 0, 0, None
@@ -460,7 +481,7 @@ class Agent:
             remote_registration = there.registrations[taken.backend]
         request = Request(
             op, taken.via, here.registrations[taken.backend], remote_registration, pairs, local.nbytes, rows,
-            endpoint=endpoint, link=link, slot=slot, epoch=epoch, keep=(here, there),
+            endpoint=endpoint, link=link, slot=slot, epoch=epoch, checksum=checksum, keep=(here, there),
         )  # fmt: skip
         return Plan(
             live.backends[taken.backend], request, route=taken, local=local, remote=remote, flights=live.flights,
@@ -542,10 +563,9 @@ class Agent:
             sent.setdefault(peer, {}).setdefault(backend, {})[op] = asdict(counter)
         served: dict[str, dict[str, int]] = {}
         for incoming in live.peers.acceptor.incoming:
-            if incoming.joined:
-                total = served.setdefault(incoming.name, {})
-                for key, value in incoming.page.counts().items():
-                    total[key] = total.get(key, 0) + value
+            total = served.setdefault(incoming.name, {})
+            for key, value in incoming.page.counts().items():
+                total[key] = total.get(key, 0) + value
         return {
             "sent": sent,
             "served": served,
@@ -584,6 +604,7 @@ def _after_fork() -> None:
     _identity.after_fork()
     engine.after_fork()
     outbox.after_fork()
+    poller.after_fork()
     for agent in list(_agents):
         agent._forked()
     _agents.clear()

@@ -94,6 +94,10 @@ class Channel:
     ----------
     heard : float, seconds
         When something was received last, by the loop's clock.
+    where : str
+        What is at the other end, for messages.
+    offended : bool
+        Whether the other side has broken the rules.
     """
 
     def __init__(
@@ -104,6 +108,8 @@ class Channel:
     ) -> None:
         self.sock = sock
         self.credentials = Credentials(sock)
+        self.where = f"process {self.credentials.pid}"
+        self.offended = False
         self.pidfd = _open_pidfd(sock, self.credentials.pid)
         self._loop = asyncio.get_running_loop()
         self.heard = self._loop.time()
@@ -116,7 +122,16 @@ class Channel:
         self._buffer = bytearray(MAX_FRAME_BYTES + 1)
         self.resume()
 
+    def follow(self, on_frame: Callable[[bytes, list[int]], None], on_end: Callable[[str], None]) -> None:
+        """Hand frames and the end on to somebody else from now on."""
+        self._on_frame, self._on_end = on_frame, on_end
+
     # -- receiving
+
+    @property
+    def ended(self) -> bool:
+        """Whether either side has closed it."""
+        return self._ended
 
     @property
     def paused(self) -> bool:
@@ -171,6 +186,7 @@ class Channel:
         try:
             self._on_frame(bytes(memoryview(self._buffer)[:n]), list(fds))
         except MetadataError as error:
+            self.offended = True
             self._end(f"it broke the protocol: {error}")
         return not self._ended
 

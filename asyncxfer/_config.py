@@ -99,6 +99,10 @@ class Config:
         Rows at most in one such piece, and in one system call.
     nontemporal_bytes : int or None, bytes
         Rows from this size on are written past the cache. None chooses from the cache's size.
+    network_threads : int or None, threads
+        Threads that move data over TCP. None chooses from the cores this process may run on.
+    tcp_streams : int or None, connections
+        Data connections to each peer. None: as many as there are threads, and two at least.
     connect_timeout : float, seconds
         Longest that `Agent.connect` takes when the call gives no timeout.
     handshake_timeout : float, seconds
@@ -107,6 +111,14 @@ class Config:
         Longest that a peer's goodbye is waited for when an agent closes.
     suspect_after : float, seconds
         How long a peer may be silent before its state is "suspect".
+    lost_after : float, seconds
+        How long a peer on a network may stay unheard, once its connection broke, before its state is "lost".
+    unix_socket : bool
+        Be reached, and reach agents of this host, over a Unix socket. Without it they talk over TCP.
+    open_listener : bool
+        Listen beyond this host without credentials: anyone who can connect is let in.
+    encrypt_data : bool
+        With credentials, encrypt the connections that carry data also; control is always encrypted then.
     notification_bytes : int, bytes
         Largest tag that a notification may carry.
     backlog_bytes : int, bytes
@@ -126,10 +138,16 @@ class Config:
     chunk_bytes: Annotated[int, _Range(4 * _KIB, _GIB, "bytes")] = _MIB
     chunk_rows: Annotated[int, _Range(1, _MIB, "rows")] = 1024
     nontemporal_bytes: Annotated[int | None, _Range(0, _TIB, "bytes")] = None
+    network_threads: Annotated[int | None, _Range(1, 64, "threads")] = None
+    tcp_streams: Annotated[int | None, _Range(1, 16, "connections")] = None
     connect_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 10.0
     handshake_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 1.5
     close_timeout: Annotated[float, _Range(0.0, 3600.0, "seconds")] = 1.0
     suspect_after: Annotated[float, _Range(0.1, 3600.0, "seconds")] = 3.0
+    lost_after: Annotated[float, _Range(0.1, 3600.0, "seconds")] = 10.0
+    unix_socket: bool = True
+    open_listener: bool = False
+    encrypt_data: bool = True
     notification_bytes: Annotated[int, _Range(1, 32 * _KIB, "bytes")] = 32 * _KIB
     backlog_bytes: Annotated[int, _Range(64 * _KIB, _TIB, "bytes")] = 64 * _MIB
     prefault: bool = False

@@ -1,8 +1,10 @@
-"""The control protocol between two agents of one host: who says what to whom, and when.
+"""The target's side of the control protocol: who may come in, what initiators are told, and when they are gone.
 
-A connection has two roles. The initiator dials, says hello, and afterwards puts, gets and notifies. The target
-answers with a page of gates (see `_fast.link`), then tells of every region that it has, gains or takes back. Two
-agents that move data both ways hold two connections. Waiting, routing and memory are the agent's business.
+A connection has two roles. The initiator dials, says hello, and afterwards puts, gets and notifies (`_outgoing`). The
+target answers with a session and, on one host, a page of gates (see `_fast.link`), then tells of every region that it
+has, gains or takes back. Two agents that move data both ways hold two connections. A connection over a network may
+break and be resumed: what belongs to the session stays for a while. Waiting, routing and memory are the agent's
+business.
 """
 
 from __future__ import annotations
@@ -10,18 +12,26 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from . import _channel
+from . import _channel, _proof, _sockets
+from ._address import Listening
 from ._channel import Channel
-from ._errors import MetadataError, PeerLostError, TransferTimeout
+from ._config import Config
+from ._data import Asked, Sealing, Wire, accept, answer
+from ._errors import MetadataError, PeerLostError
 from ._fast.link import SLOTS, GatePage
+from ._letters import Received
+from ._listener import Listener, bind
+from ._memory import Access
 from ._metadata import (
     AgentMetadata,
     Beat,
     Bye,
     Hello,
+    Letter,
+    LetterAck,
     NoteKind,
     Ready,
     Refused,
@@ -34,34 +44,43 @@ from ._metadata import (
     decode_note,
     encode_frame,
 )
+from ._preface import PREFACE_BYTES, Kind, Preface, Status
+from ._services import Services
+from ._stream import AnyChannel, StreamChannel, Tls
+from .abc import Backend, Service, Stream
 
 if TYPE_CHECKING:
+    from ._credentials import Credentials
     from ._region import Region
 
-__all__ = ["Acceptor", "Incoming", "Outgoing", "TargetEvents", "announcement"]
+__all__ = ["Acceptor", "Incoming", "TargetEvents", "announcement", "answer_beat"]
 
 _FRAME = ord("M")
+_HERE = encode_frame(Beat(asks=False))
 
 
-def announcement(region: Region) -> tuple[bytes, list[int]]:
-    """The frame that tells peers of a region, and the descriptors that go with it."""
-    backings = region.backings
+def announcement(region: Region, access: Access, *, remote: bool = False) -> tuple[bytes, list[int]]:
+    """The frame that tells a peer of a region, and the descriptors that go with it, which do not go far."""
+    backings = None if remote else region.backings
     places = backings.places if backings else (None,) * len(region.memory.segments)
     segments = [
-        SegmentInfo(s.address, s.nbytes)
+        SegmentInfo(0 if remote else s.address, s.nbytes)  # where it lies is nobody's business elsewhere
         if place is None or backings is None
         else SegmentInfo(s.address, s.nbytes, place.file, place.offset, backings.files[place.file].sealed)
         for s, place in zip(region.memory.segments, places, strict=True)
     ]
     info = RegionInfo.of(
         region.layout, segments, id=region.id, slot=region.slot, epoch=region.epoch, name=region.name,
-        kind=region.kind, device=region.memory.device, access=region.access, dtype=region.dtype,
+        kind=region.kind, device=region.memory.device, access=access, dtype=region.dtype,
         exports=region.exports,
     )  # fmt: skip
     return encode_frame(RegionAdded(info)), [] if backings is None else [f.fd for f in backings.files]
 
 
-# ---- the target's side ----------------------------------------------------------------------------------------------
+def answer_beat(beat: Beat, channel: AnyChannel) -> None:
+    """Say that this side is alive, if that was asked."""
+    if beat.asks:
+        channel.beat(_HERE)
 
 
 class TargetEvents(Protocol):
@@ -73,59 +92,91 @@ class TargetEvents(Protocol):
     def on_note(self, incoming: Incoming, kind: NoteKind, tag: bytes) -> None:
         """A notification has arrived."""
 
+    def on_connection(self) -> None:
+        """The connection of an initiator broke, or it has a new one."""
+
     def on_left(self, incoming: Incoming, why: str, *, on_purpose: bool) -> None:
         """An initiator that had joined is gone."""
 
 
 class Incoming:
-    """One initiator that has connected to this agent.
+    """One initiator that has said hello to this agent.
 
     Attributes
     ----------
     name, generation
-        What it calls itself; empty and 0 before its hello.
+        What it calls itself.
+    remote : bool
+        It came over a network.
+    session, secret : bytes
+        By which its further connections are known.
     page : GatePage
+    services : Services
+        What backends serve it over connections of their own.
     kept : dict of int to object
         By slot, memory that it may still write to: it was stopped inside a region that has been closed.
     """
 
-    def __init__(self, sock: socket.socket, acceptor: Acceptor) -> None:
-        self.name = ""
-        self.generation = 0
+    def __init__(self, acceptor: Acceptor, channel: AnyChannel, hello: Hello, *, remote: bool) -> None:
+        self.name, self.generation = hello.name, hello.generation
+        self.remote = remote
+        self.session, self.secret = _proof.session()
         self.page = GatePage()
+        self.services = Services(acceptor.backends, self.page, self._told)
         self.kept: dict[int, object] = {}
         self.gone = False
         self.draining: set[int] = set()
         self._acceptor = acceptor
+        self._received = Received()
+        self._attempt = 0
         self._leaving: str | None = None
-        self.channel = Channel(sock, self._on_frame, self._on_end)
-        loop = asyncio.get_running_loop()
-        self._patience = loop.call_later(acceptor.patience, self._on_end, "it said no hello in time")
-        self._watch: asyncio.Handle = self._patience
+        self._patience: asyncio.Handle | None = None
+        self._watch: asyncio.Handle | None = None
+        self._attach(channel)
+        if remote:
+            self.page.close_fd()  # nobody else maps it
 
-    @property
-    def joined(self) -> bool:
-        """Whether it has said hello."""
-        return bool(self.name)
+    def _attach(self, channel: AnyChannel) -> None:
+        self.channel = channel
+        channel.follow(self._on_frame, self._on_end)
+
+    def resume(self, channel: AnyChannel, hello: Hello) -> bool:
+        """Go on over a new connection, if the hello proves that it is the same initiator's."""
+        proof = _proof.resume(self.secret, self.session, hello.attempt)
+        same = (hello.name, hello.generation) == (self.name, self.generation)
+        if not (self.remote and same and hello.attempt > self._attempt and _proof.matches(hello.proof, proof)):
+            return False
+        self._attempt = hello.attempt
+        self.channel.release()
+        if self._patience is not None:
+            self._patience.cancel()
+        self._attach(channel)
+        return True
 
     def _on_frame(self, frame: bytes, fds: list[int]) -> None:
         for fd in fds:
             os.close(fd)  # initiators have none to send
-        if frame[0] != _FRAME:
-            if not self.joined:
-                raise MetadataError("a notification before the hello")
+        if frame[0] != _FRAME and not self.remote:
             note = decode_note(frame)
             self._acceptor.events.on_note(self, note.kind, note.tag)
             return
         message = decode_frame(frame)
-        if isinstance(message, Hello) and not self.joined:
-            self._acceptor.welcome(self, message)
-        elif isinstance(message, Bye) and self.joined:
+        if isinstance(message, Letter) and self.remote:
+            note = message.note
+            if self._received.take(message):
+                self._acceptor.events.on_note(self, note.kind, note.tag)
+            self.channel.send(encode_frame(LetterAck(message.seq)))
+        elif isinstance(message, Bye):
             self._leaving = message.reason or "it left"
-        elif isinstance(message, Beat) and self.joined:
-            _answer(message, self.channel)
+        elif isinstance(message, Beat):
+            answer_beat(message, self.channel)
         else:
             raise MetadataError(f"an initiator may not send {type(message).__name__} now")
+
+    def _told(self, kind: int, tag: bytes) -> None:
+        """A notification came with data."""
+        if not self.gone:
+            self._acceptor.events.on_note(self, NoteKind(kind), tag)
 
     def keep(self, slot: int, memory: object) -> None:
         """Keep memory alive until the initiator has come out of a slot that was shut, or is gone."""
@@ -136,295 +187,339 @@ class Incoming:
     def _look_again(self) -> None:
         # A stopped process tells nobody when it goes on, and while it is stopped nobody is in a hurry.
         for slot in [slot for slot in self.kept if self.page.shut(slot)]:
+            self.services.shut(slot)
             del self.kept[slot]
-        self._watch.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         if self.kept:
             self._watch = asyncio.get_running_loop().call_later(1.0, self._look_again)
 
-    def admit(self, hello: Hello) -> None:
-        """Note who it is."""
-        self._patience.cancel()
-        self.name, self.generation = hello.name, hello.generation
-
     def _on_end(self, why: str) -> None:
-        self._patience.cancel()
-        self._watch.cancel()
-        self.gone = True
+        if not self.remote or self._leaving is not None or self.channel.offended:
+            self._over(self._leaving or why)
+            return
+        loop, config = asyncio.get_running_loop(), self._acceptor.config
+        until = max(self.channel.heard + config.lost_after, loop.time() + config.handshake_timeout)
+        why = f"{why}, and it did not come back within {config.lost_after:g} s (configuration key lost_after)"
+        self._patience = loop.call_at(until, self._over, why)
         self.channel.release()
-        self.page.close_fd()
+        self._acceptor.events.on_connection()
+
+    def _over(self, why: str) -> None:
+        self._let_go()
         for slot in self.draining:
             self.page.wake(slot)
         self.kept.clear()
-        self._acceptor.forget(self, self._leaving or why, on_purpose=self._leaving is not None)
+        self._acceptor.forget(self, why, on_purpose=self._leaving is not None)
+
+    def _let_go(self) -> None:
+        for timer in (self._patience, self._watch):
+            if timer is not None:
+                timer.cancel()
+        self.services.close()
+        self.gone = True
+        self.channel.release()
+        self.page.close_fd()
 
     def close(self) -> None:
         """Say goodbye, and end the connection without a word to the agent."""
-        self._patience.cancel()
-        self._watch.cancel()
-        self.gone = True
-        if self.joined:
-            self.channel.send(encode_frame(Bye("it was closed")))
-        self.channel.release()
+        self.channel.send(encode_frame(Bye("it was closed")))
+        self._let_go()
+
+    def drop(self) -> None:
+        """In a forked child: let go of the descriptors."""
+        self.channel.drop()
         self.page.close_fd()
 
 
 class Acceptor:
-    """The listener of an agent, and the initiators that have connected to it.
+    """The listeners of an agent, and the initiators that have connected to it.
 
     Parameters
     ----------
-    patience : float, seconds
-        How long a connection may take to say hello.
+    events : TargetEvents
     probe : (int, bytes)
-        An address in this process and what stands there, for peers to try direct access on.
-    addresses : dict of str to bytes
-        What each backend wants its counterpart to know.
+        An address in this process and what stands there, for peers of this host to try direct access on.
+    backends : mapping of str to Backend
+    credentials : Credentials or None
+    sealing : Sealing or None
+        The same, for native TLS.
+    config : Config
     """
 
     def __init__(
-        self, events: TargetEvents, probe: tuple[int, bytes], addresses: dict[str, bytes], patience: float
-    ) -> None:
+        self, events: TargetEvents, probe: tuple[int, bytes], backends: Mapping[str, Backend],
+        credentials: Credentials | None, sealing: Sealing | None, config: Config,
+    ) -> None:  # fmt: skip
         self.events = events
-        self.patience = patience
+        self.config = config
+        self.backends = backends
         self.incoming: set[Incoming] = set()
+        self._sessions: dict[bytes, Incoming] = {}
         self._probe = probe
-        self._addresses = addresses
+        self._credentials = credentials
+        self._sealing = sealing
         self._identity: AgentMetadata | None = None
         self._regions: dict[int, Region] = {}
-        self._loop = asyncio.get_running_loop()
-        self._listener, self.address = _channel.listen()
+        self._listeners: list[Listener] = []
+        self._paused = False
+
+    async def listen(self, wanted: Sequence[Listening]) -> list[str]:
+        """Open the listeners: their addresses, the one on this host first.
+
+        Raises
+        ------
+        ConfigError
+            One cannot be bound, or may not.
+        """
+        addresses = []
+        patience = self.config.handshake_timeout
+        if self.config.unix_socket:
+            sock, address = _channel.listen()
+            self._listeners.append(Listener(sock, self._greet_near, patience))
+            addresses.append(address)
+        beyond_host = self._credentials is not None or self.config.open_listener
+        for listening in wanted:
+            sock, address = await bind(listening, beyond_host=beyond_host)
+            self._listeners.append(Listener(sock, self._greet_far, patience))
+            addresses.append(address)
+        return addresses
 
     def start(self, identity: AgentMetadata) -> None:
         """Answer from now on, as this agent."""
         self._identity = identity
-        self._loop.add_reader(self._listener, self._accept)
+        for listener in self._listeners:
+            listener.start()
 
-    def _accept(self) -> None:
-        for _ in range(16):
-            try:
-                sock, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:  # out of descriptors: pending connections stay, and are tried with the next one
-                self._loop.call_exception_handler({"message": "a connection could not be accepted", "exception": error})
-                return
-            sock.setblocking(False)
-            try:
-                _channel.Credentials(sock).check()
-            except PeerLostError:
-                sock.close()
-                continue
-            self.incoming.add(Incoming(sock, self))
+    # -- strangers
 
-    def welcome(self, incoming: Incoming, hello: Hello) -> None:
-        """Answer a hello: the page, every region, and that this was all."""
+    async def _greet_near(self, sock: socket.socket) -> None:
+        _channel.Credentials(sock).check()
+        await self._let_in(Channel(sock, _ignore, _ignore), None, remote=False)
+
+    async def _greet_far(self, sock: socket.socket) -> None:
+        _sockets.prepare(sock, self.config.lost_after / 2)
+        try:
+            preface = Preface.decode(await _sockets.read_exactly(sock, PREFACE_BYTES))
+        except asyncio.CancelledError:
+            _say(sock, Status.CROWDED)
+            raise
+        status = self._judge(preface)
+        await _sockets.write_all(sock, status.answer)
+        if preface is None or status is not Status.GO_ON:
+            raise PeerLostError(f"a connection was refused: {status.name}")
+        if preface.kind is Kind.DATA:
+            await self._take_data(sock, tls=preface.tls)
+            return
+        tls = None
+        if preface.tls:
+            assert self._credentials is not None
+            tls = Tls(self._credentials.server(), server=True)
+            await tls.handshake(sock)
+        certificate = None if tls is None else tls.certificate
+        await self._let_in(StreamChannel(sock, tls, _ignore, _ignore), certificate, remote=True)
+
+    def _judge(self, preface: Preface | None) -> Status:
+        if preface is None:
+            return Status.VERSION
+        if preface.tls:
+            return Status.GO_ON if self._credentials is not None else Status.NO_CREDENTIALS
+        if self._credentials is None:
+            return Status.GO_ON
+        if preface.kind is Kind.CONTROL:
+            return Status.CREDENTIALS_NEEDED
+        return Status.PLAIN_DATA if self.config.encrypt_data else Status.GO_ON
+
+    async def _let_in(self, channel: AnyChannel, certificate: bytes | None, *, remote: bool) -> None:
+        try:
+            hello = decode_frame(await _first_frame(channel))
+            if channel.ended:
+                raise PeerLostError("it left before it was answered")
+            if not isinstance(hello, Hello):
+                raise MetadataError(f"a stranger may not send {type(hello).__name__}")
+            self._welcome(channel, hello, certificate, remote=remote)
+        except BaseException:
+            channel.release()
+            raise
+
+    async def _take_data(self, sock: socket.socket, *, tls: bool) -> None:
+        sealing = self._sealing if tls else None
+        connection = None if sealing is None else await sealing.handshake(sock, server=True)
+
+        def secret_of(asked: Asked) -> bytes:
+            incoming = self._sessions.get(asked.session)
+            if incoming is None or asked.backend not in self.backends:
+                raise PeerLostError(f"a data connection for no session, or for no backend: {asked.backend!r}")
+            if sealing is not None and connection is not None:
+                sealing.check_name(connection, incoming.name)
+            return incoming.secret
+
+        try:
+            wire = Wire(sock, connection)
+            asked = await answer(wire, secret_of)
+            service = self._service(asked)
+            await accept(wire)
+            if self._service(asked) is not service:
+                raise PeerLostError("the session has ended")
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            raise
+        service.adopt(Stream(sock.detach(), asked.number, connection))
+
+    def _service(self, asked: Asked) -> Service:
+        incoming = self._sessions.get(asked.session)
+        if incoming is None:
+            raise PeerLostError("the session has ended")
+        return incoming.services.of(asked.backend)
+
+    # -- initiators
+
+    def _welcome(self, channel: AnyChannel, hello: Hello, certificate: bytes | None, *, remote: bool) -> None:
+        """Answer a hello: the session, every region, and that this was all."""
         me = self._identity
         assert me is not None
         if hello.version != me.version:
-            reason = f"it speaks protocol {hello.version}, this agent {me.version}"
-            incoming.channel.send(encode_frame(Refused(reason)))
-            raise MetadataError(reason)
-        incoming.admit(hello)
-        answer = Welcome(
-            name=me.name, generation=me.generation, process=me.process, host=me.host,
-            probe_address=self._probe[0], probe_value=self._probe[1], slots=SLOTS,
-            backends=self._addresses,
+            _refuse(channel, f"it speaks protocol {hello.version}, this agent {me.version}")
+        if certificate is not None and self._credentials is not None:
+            try:
+                self._credentials.check_name(certificate, hello.name)
+            except PeerLostError as error:
+                _refuse(channel, str(error))
+        known = self._sessions.get(hello.resume) if hello.resume else None
+        if hello.resume and (known is None or not known.resume(channel, hello)):
+            _refuse(channel, f"it is {me.name!r}, generation {me.generation}, and knows of no such connection")
+        incoming = known or Incoming(self, channel, hello, remote=remote)
+        self.incoming.add(incoming)
+        self._sessions[incoming.session] = incoming
+        address, value = (0, b"") if remote else self._probe
+        welcome = Welcome(
+            name=me.name, generation=me.generation, process=me.process, host=me.host, session=incoming.session,
+            secret=incoming.secret, probe_address=address, probe_value=value, slots=SLOTS,
+            backends={name: told for name, backend in self.backends.items() if (told := backend.address())},
         )  # fmt: skip
-        incoming.channel.send(encode_frame(answer), [incoming.page.fd])
+        channel.send(encode_frame(welcome), [] if remote else [incoming.page.fd])
         for region in self._regions.values():
             self._show(region, incoming)
-        incoming.channel.send(encode_frame(Ready()))
-        self.events.on_joined(incoming)
+        channel.send(encode_frame(Ready()))
+        if not self._paused:
+            channel.resume()
+        if known is None:
+            self.events.on_joined(incoming)
+        else:
+            self.events.on_connection()
 
     def _show(self, region: Region, incoming: Incoming) -> None:
-        incoming.page.open(region.slot, region.epoch)
-        incoming.channel.send(*announcement(region))
+        access = region.grants.of(incoming.name)
+        if access is not None:
+            incoming.page.open(region.slot, region.epoch)
+            incoming.services.open(region, access)
+            incoming.channel.send(*announcement(region, access, remote=incoming.remote))
 
     def open(self, region: Region) -> None:
-        """Tell every initiator of a region, and those to come."""
+        """Tell the initiators of a region that they may use, and those to come."""
         self._regions[region.id] = region
         for incoming in self.incoming:
-            if incoming.joined:
+            self._show(region, incoming)
+
+    def renew(self, region: Region, peer: str) -> None:
+        """Tell a peer what it may do with a region from now on: more or less than before, or something at all."""
+        if region.id in self._regions:
+            for incoming in self._named(peer):
                 self._show(region, incoming)
 
     def shut(self, region: Region) -> list[Incoming]:
-        """Take a region back from every initiator; those that are inside it now."""
+        """Take a region back from every initiator; those that had it. See `GatePage.wait`."""
         self._regions.pop(region.id, None)
-        inside = []
-        for incoming in self.incoming:
-            if incoming.joined:
-                incoming.channel.send(encode_frame(RegionRemoved(region.id)))
-                if not incoming.page.shut(region.slot):
-                    inside.append(incoming)
-        return inside
+        shown = [incoming for incoming in self.incoming if region.grants.of(incoming.name) is not None]
+        for incoming in shown:
+            _hide(region, incoming)
+        return shown
+
+    def shut_to(self, region: Region, peer: str) -> list[Incoming]:
+        """Take a region back from one peer."""
+        shown = list(self._named(peer)) if region.id in self._regions else []
+        for incoming in shown:
+            _hide(region, incoming)
+        return shown
+
+    def _named(self, peer: str) -> Iterator[Incoming]:
+        return (incoming for incoming in self.incoming if incoming.name == peer)
 
     def forget(self, incoming: Incoming, why: str, *, on_purpose: bool) -> None:
         """Note that an initiator is gone."""
         self.incoming.discard(incoming)
-        if incoming.joined:
-            self.events.on_left(incoming, why, on_purpose=on_purpose)
+        self._sessions.pop(incoming.session, None)
+        self.events.on_left(incoming, why, on_purpose=on_purpose)
 
     def pause(self) -> None:
         """Take nothing from the initiators' sockets for now."""
+        self._paused = True
         for incoming in self.incoming:
             incoming.channel.pause()
+            incoming.services.pause()
 
     def resume(self) -> None:
         """Go on after `pause`."""
+        self._paused = False
         for incoming in self.incoming:
             incoming.channel.resume()
+            incoming.services.resume()
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Stop listening and end all connections."""
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
+        for listener in self._listeners:
+            await listener.aclose()
         for incoming in self.incoming:
             incoming.close()
         self.incoming.clear()
+        self._sessions.clear()
 
     def drop(self) -> None:
         """In a forked child: let go of the descriptors."""
-        self._listener.close()
+        for listener in self._listeners:
+            listener.drop()
         for incoming in self.incoming:
-            incoming.channel.drop()
-            incoming.page.close_fd()
+            incoming.drop()
         self.incoming.clear()  # with the pages, which the parent and its peers go on using
+        self._sessions.clear()
 
 
-# ---- the initiator's side -------------------------------------------------------------------------------------------
+async def _first_frame(channel: AnyChannel) -> bytes:
+    """Wait for the first frame; others wait in the channel, which is paused then."""
+    first: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def on_frame(frame: bytes, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        channel.pause()
+        if not first.done():
+            first.set_result(frame)
+
+    def on_end(why: str) -> None:
+        if not first.done():
+            first.set_exception(PeerLostError(why))
+
+    channel.follow(on_frame, on_end)
+    return await first
 
 
-class Outgoing:
-    """A connection that this agent has dialled.
-
-    Regions that the target tells of are kept until `follow` is called, and handed on from then.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._welcome: Welcome | None = None
-        self._ready: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
-        self._page_fd = -1
-        self._early: list[tuple[RegionInfo, list[int]]] = []
-        self._on_region: Callable[[RegionInfo, list[int]], None] | None = None
-        self._on_removed: Callable[[int], None] | None = None
-        self._on_end: Callable[[str, bool], None] | None = None
-        self._leaving: str | None = None
-        self._over: str | None = None
-        self.channel = Channel(sock, self._frame, self._end)
-
-    async def greet(self, me: AgentMetadata, patience: float) -> Welcome:
-        """Say hello; the answer, once all regions of now have been told.
-
-        Raises
-        ------
-        PeerLostError
-            It ended or refused.
-        TransferTimeout
-            It did not answer.
-        """
-        hello = Hello(name=me.name, generation=me.generation, process=me.process, host=me.host)
-        self.channel.send(encode_frame(hello))
-        try:
-            async with asyncio.timeout(patience):
-                return await self._ready
-        except TimeoutError as error:
-            raise TransferTimeout(
-                f"process {self.channel.credentials.pid} accepted the connection and did not answer in {patience} s "
-                "(stopped, or its event loop is blocked; configuration key handshake_timeout)"
-            ) from error
-
-    def take_page(self) -> int:
-        """The descriptor of the page with the gates, which is the caller's from now on."""
-        fd, self._page_fd = self._page_fd, -1
-        return fd
-
-    def follow(
-        self,
-        on_region: Callable[[RegionInfo, list[int]], None],
-        on_removed: Callable[[int], None],
-        on_end: Callable[[str, bool], None],
-    ) -> None:
-        """Hand on what the target tells, beginning with what it has told so far."""
-        self._on_region, self._on_removed, self._on_end = on_region, on_removed, on_end
-        early, self._early = self._early, []
-        for info, fds in early:
-            on_region(info, fds)
-        if self._over is not None:
-            on_end(self._over, self._leaving is not None)
-
-    def _frame(self, frame: bytes, fds: list[int]) -> None:
-        try:
-            message = decode_frame(frame)
-            if isinstance(message, Welcome) and self._welcome is None and len(fds) == 1:
-                self._welcome, self._page_fd = message, fds.pop()
-            elif isinstance(message, RegionAdded) and self._welcome is not None:
-                self._added(message.info, fds)
-            elif isinstance(message, RegionRemoved) and self._welcome is not None:
-                self._removed(message.id)
-            elif isinstance(message, Ready) and self._welcome is not None and not self._ready.done():
-                self._ready.set_result(self._welcome)
-            elif isinstance(message, Bye):
-                self._leaving = message.reason or "it left"
-            elif isinstance(message, Beat):
-                _answer(message, self.channel)
-            elif isinstance(message, Refused):
-                self._leaving = f"it refused the connection: {message.reason}"
-            else:
-                raise MetadataError(f"a target may not send {type(message).__name__} now")
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def _added(self, info: RegionInfo, fds: list[int]) -> None:
-        if any(s.backing >= len(fds) for s in info.segments):
-            raise MetadataError(f"region {info.name!r} names a descriptor that did not come with it")
-        if self._on_region is None:
-            self._early.append((info, list(fds)))
-            fds.clear()
-        else:
-            self._on_region(info, fds)
-
-    def _removed(self, id: int) -> None:
-        if self._on_removed is not None:
-            self._on_removed(id)
-            return
-        for index, (info, fds) in enumerate(self._early):
-            if info.id == id:
-                _close_all(fds)
-                del self._early[index]
-                return
-
-    def _end(self, why: str) -> None:
-        self._over = self._leaving or why
-        if not self._ready.done():
-            self._ready.set_exception(PeerLostError(f"the peer ended while it was connected to: {self._over}"))
-            self._ready.exception()  # whoever waits gets it; with nobody waiting it is no news
-        if self._on_end is not None:
-            self._on_end(self._over, self._leaving is not None)
-
-    def leave(self, reason: str = "") -> None:
-        """Say goodbye and close; `channel.release` lets go of the descriptors."""
-        self.channel.send(encode_frame(Bye(reason)))
-        self.discard()
-
-    def discard(self) -> None:
-        """Close without a goodbye, and let go of what was never followed."""
-        self.channel.close()
-        for _, fds in self._early:
-            _close_all(fds)
-        self._early.clear()
-        if self._page_fd >= 0:
-            os.close(self.take_page())
+def _hide(region: Region, incoming: Incoming) -> None:
+    incoming.channel.send(encode_frame(RegionRemoved(region.id)))
+    incoming.page.shut(region.slot)
 
 
-def _answer(beat: Beat, channel: Channel) -> None:
-    if beat.asks:
-        channel.beat(_HERE)
+def _refuse(channel: AnyChannel, reason: str) -> None:
+    channel.send(encode_frame(Refused(reason[:1000])))
+    raise MetadataError(reason)
 
 
-_HERE = encode_frame(Beat(asks=False))
+def _say(sock: socket.socket, status: Status) -> None:
+    try:
+        sock.send(status.answer, socket.MSG_NOSIGNAL)
+    except OSError:
+        return  # it has gone, or does not read
 
 
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+def _ignore(*_: object) -> None:
+    """Nobody follows a channel that has just been made."""

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator
 
-__all__ = ["Certificates", "Credentials", "PreSharedKey", "agent_uri"]
+__all__ = ["EVERY_AGENT", "Certificates", "Credentials", "PreSharedKey", "agent_uri"]
 
 _SCHEME = "asyncxfer:"
-_EVERY_AGENT = "asyncxfer:*"  # an agent whose name is an asterisk is asyncxfer:%2A
+EVERY_AGENT = "asyncxfer:*"  # an agent whose name is an asterisk is asyncxfer:%2A
 _PEM_BYTES = 1 << 20
 _PEM_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", re.DOTALL)
 _SECRET_BYTES = 16
@@ -72,10 +72,10 @@ class _Certificate:
 
     def speaks_for(self, agent: str) -> bool:
         """Whether an agent of this name may show it."""
-        return any(name == _EVERY_AGENT or _agent_of(name) == agent for name in self.names)
+        return any(name == EVERY_AGENT or _agent_of(name) == agent for name in self.names)
 
     def __str__(self) -> str:
-        spoken = ["every agent" if name == _EVERY_AGENT else repr(_agent_of(name)) for name in self.names]
+        spoken = ["every agent" if name == EVERY_AGENT else repr(_agent_of(name)) for name in self.names]
         return ", ".join(spoken) or "no agent"
 
 
@@ -359,7 +359,7 @@ def _derived(secret: bytes) -> tuple[bytes, bytes]:
         .not_valid_after(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(digital_signature=True, key_cert_sign=True, **use), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(_EVERY_AGENT)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(EVERY_AGENT)]), critical=False)
         .sign(key, None)
     )
     return certificate.public_bytes(serialization.Encoding.PEM), key.private_bytes(

@@ -1,7 +1,8 @@
 """Who is silent: a question over every connection now and then, and a look at when each peer was heard last.
 
 A process that is stopped, or whose event loop is held up, is not gone: the kernel would tell. It is suspect until it is
-heard again. This decides no more than that; what follows is up to the peers and their users.
+heard again, and so is a peer whose connection broke until it has another. This decides no more than that; what follows
+is up to the peers and their users.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ._metadata import Beat, encode_frame
 
 if TYPE_CHECKING:
-    from ._channel import Channel
+    from ._stream import AnyChannel
 
 __all__ = ["Liveness", "Who"]
 
@@ -43,7 +44,7 @@ class Liveness:
     def __init__(
         self,
         suspect_after: float,
-        channels: Callable[[], Iterable[tuple[Who, Channel]]],
+        channels: Callable[[], Iterable[tuple[Who, AnyChannel]]],
         on_change: Callable[[Who, bool], None],
     ) -> None:
         self._interval = suspect_after / _BEATS
@@ -53,21 +54,30 @@ class Liveness:
         self._suspects: set[Who] = set()
         self._loop = asyncio.get_running_loop()
         self._due = self._loop.time() + self._interval
-        self._timer = self._loop.call_at(self._due, self._look)
+        self._timer = self._loop.call_at(self._due, self._beat)
 
-    def _look(self) -> None:
+    def _beat(self) -> None:
         now = self._loop.time()
         held_up = now - self._due > self._interval  # this loop: what has come in the meantime has not been read
-        heard: dict[Who, float] = {}
-        for who, channel in self._channels():
+        for _, channel in self._channels():
             channel.beat(_BEAT)
-            heard[who] = max(heard.get(who, 0.0), now if channel.paused else channel.heard)
-        self._suspects &= heard.keys()
         if not held_up:
-            for who, when in heard.items():
-                self._judge(who, silent=now - when > self._patience)
+            self.look()
         self._due = now + self._interval
-        self._timer = self._loop.call_at(self._due, self._look)
+        self._timer = self._loop.call_at(self._due, self._beat)
+
+    def look(self) -> None:
+        """Judge every peer by its connections of now."""
+        now = self._loop.time()
+        heard: dict[Who, float] = {}
+        broken: set[Who] = set()
+        for who, channel in self._channels():
+            heard[who] = max(heard.get(who, 0.0), now if channel.paused else channel.heard)
+            if channel.ended:
+                broken.add(who)
+        self._suspects &= heard.keys()
+        for who, when in heard.items():
+            self._judge(who, silent=who in broken or now - when > self._patience)
 
     def _judge(self, who: Who, *, silent: bool) -> None:
         if silent == (who in self._suspects):

@@ -33,6 +33,8 @@ __all__ = [
     "Bye",
     "Frame",
     "Hello",
+    "Letter",
+    "LetterAck",
     "Note",
     "NoteKind",
     "Ready",
@@ -87,24 +89,51 @@ class AgentMetadata(Struct, frozen=True, kw_only=True):
 
 
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
-    """First frame of the side that connected."""
+    """First frame of the side that connected.
+
+    Attributes
+    ----------
+    resume : (16,) bytes, or empty
+        The session that it goes on with, after its connection broke.
+    attempt : int
+        Grows with each try to do so.
+    proof : (32,) bytes, or empty
+        That it knows the secret of that session: see `_proof`.
+    """
 
     version: Index = PROTOCOL
     name: Name
     generation: Unsigned
     process: _Bytes16
     host: _Bytes16
+    resume: Annotated[bytes, Meta(max_length=16)] = b""
+    attempt: Unsigned = 0
+    proof: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
-    """Answer to Hello: who accepted, a value at an address to try cross-process reads on, addresses of backends."""
+    """Answer to Hello: who accepted, and what belongs to this connection.
+
+    Attributes
+    ----------
+    session : (16,) bytes
+        Its public number.
+    secret : (32,) bytes
+        By which data connections, and one that resumes it, prove that they belong to it.
+    probe_address, probe_value
+        On one host: a value at an address to try cross-process reads on.
+    backends : dict of str to bytes
+        Addresses of backends.
+    """
 
     name: Name
     generation: Unsigned
     process: _Bytes16
     host: _Bytes16
-    probe_address: Unsigned
-    probe_value: _Bytes16
+    session: _Bytes16
+    secret: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    probe_address: Unsigned = 0
+    probe_value: Annotated[bytes, Meta(max_length=16)] = b""
     slots: Index
     backends: Annotated[dict[Name, bytes], Meta(max_length=64)] = {}  # msgspec makes a new one each time
 
@@ -149,9 +178,6 @@ class Refused(Struct, frozen=True, tag="refused"):
     reason: _Text
 
 
-Frame: TypeAlias = Hello | Welcome | RegionAdded | RegionRemoved | Ready | Beat | Bye | Refused
-
-
 class NoteKind(enum.IntEnum):
     """First byte of a notification."""
 
@@ -161,6 +187,38 @@ class NoteKind(enum.IntEnum):
     """A transfer with this tag has begun."""
     FAILED = ord("F")
     """The transfer with this tag will not complete."""
+
+
+class Letter(Struct, frozen=True, tag="letter"):
+    """A notification to a peer on another host, kept by its sender until it is acknowledged.
+
+    Attributes
+    ----------
+    seq : int
+        1 for the first of a session, and one more for each that follows.
+    kind : (1,) bytes
+        A `NoteKind`.
+    """
+
+    seq: Unsigned
+    kind: Annotated[bytes, Meta(min_length=1, max_length=1)]
+    tag: Annotated[bytes, Meta(max_length=MAX_TAG_BYTES)]
+
+    @property
+    def note(self) -> Note:
+        """What it says."""
+        return decode_note(self.kind + self.tag)
+
+
+class LetterAck(Struct, frozen=True, tag="ack"):
+    """All letters up to a number have arrived."""
+
+    seq: Unsigned
+
+
+Frame: TypeAlias = (
+    Hello | Welcome | RegionAdded | RegionRemoved | Ready | Beat | Bye | Refused | Letter | LetterAck
+)  # fmt: skip
 
 
 class Note(NamedTuple):

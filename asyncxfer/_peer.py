@@ -167,6 +167,10 @@ class Peer:
                 return self._regions.pop(name)
         return None
 
+    def find(self, id: int) -> RemoteRegion | None:
+        """Give the region of a number."""
+        return next((region for region in self._regions.values() if region.info.id == id), None)
+
     def end(self, state: PeerState, why: str) -> None:
         """Note that the peer is gone."""
         self.state = state

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["GROUP", "BackendSpec", "available", "load"]
 
 GROUP = "asyncxfer.backends"
-_SHIPPED = {"local": "asyncxfer.backends.local:LocalBackend", "shm": "asyncxfer.backends.shm:ShmBackend"}
+_SHIPPED = {
+    "local": "asyncxfer.backends.local:LocalBackend",
+    "shm": "asyncxfer.backends.shm:ShmBackend",
+    "tcp": "asyncxfer.backends.tcp:TcpBackend",
+}
 
 BackendSpec: TypeAlias = str | type[Backend] | Backend
 

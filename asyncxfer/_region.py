@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ._descriptors import DescriptorList, Indexable, Layout, MemoryKind
 from ._errors import ClosedError, DescriptorError, RegistrationError
+from ._grants import Grants
 from ._memory import Access, Memory, describe
 from ._metadata import RegionInfo
 
@@ -29,6 +30,19 @@ if TYPE_CHECKING:
 __all__ = ["Opening", "Region", "RemoteRegion"]
 
 
+class Keeper(Protocol):
+    """What a region asks of who made it."""
+
+    async def close(self, region: Region) -> None:
+        """Take it back from everybody, and let go of its memory."""
+
+    def grant(self, region: Region, peer: str, access: Access) -> None:
+        """Let a peer use it."""
+
+    async def revoke(self, region: Region, peer: str) -> None:
+        """Take it back from a peer."""
+
+
 class Region(Indexable):
     """Memory that this agent has registered. Closing it takes it back from all peers.
 
@@ -39,14 +53,14 @@ class Region(Indexable):
     dtype : str
     kind : MemoryKind
     access : "r", "w" or "rw"
-        What peers may do: read it (get), write it (put).
+        What peers may do where none is named: read it (get), write it (put).
     readonly : bool
         The memory itself must not be written.
     """
 
     def __init__(
-        self, name: str, memory: Memory, *, id: int, slot: int, epoch: int, access: Access,
-        close: Callable[[Region], Awaitable[None]], array: npt.NDArray[Any] | None = None,
+        self, name: str, memory: Memory, *, id: int, slot: int, epoch: int, access: Access, grants: Grants,
+        keeper: Keeper, array: npt.NDArray[Any] | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.memory = memory
@@ -64,7 +78,8 @@ class Region(Indexable):
         self.allocation: Allocation | None = None
         self.closed: str | None = None
         self.closing: asyncio.Task[str] | None = None
-        self._close = close
+        self.grants = grants
+        self._keeper = keeper
         self._array = array
 
     @property
@@ -144,7 +159,44 @@ class Region(Indexable):
         RegistrationError
             A peer was stopped inside a write to it; the memory is kept alive until that peer goes on or ends.
         """
-        await self._close(self)
+        await self._keeper.close(self)
+
+    def grant(self, peer: str | Peer, access: Access = "rw") -> None:
+        """Let a peer do so much with it from now on, neither more nor less; the peer is told.
+
+        Parameters
+        ----------
+        peer : str or Peer
+            By its name, whether it is connected or not.
+        access : {"r", "w", "rw"}
+            What it may do: get from it, put to it. Read-only memory is only ever read.
+
+        Raises
+        ------
+        ClosedError
+            The region was closed.
+        RegistrationError
+            There is no such access, or that is no name.
+        """
+        self.check_open()
+        self._keeper.grant(self, peer if isinstance(peer, str) else peer.name, access)
+
+    async def revoke(self, peer: str | Peer) -> None:
+        """Take it back from one peer, and wait until that peer is no longer inside it.
+
+        Parameters
+        ----------
+        peer : str or Peer
+
+        Raises
+        ------
+        ClosedError
+            The region was closed.
+        RegistrationError
+            The peer was stopped inside a transfer with it, and may go on with that one.
+        """
+        self.check_open()
+        await self._keeper.revoke(self, peer if isinstance(peer, str) else peer.name)
 
     def forget(self) -> Memory:
         """Let go of the memory; what it was."""
@@ -221,6 +273,11 @@ class RemoteRegion(Indexable):
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return self.layout.nbytes
+
+    def renew(self, info: RegionInfo) -> None:
+        """Take note of what the peer grants from now on."""
+        self.info = info
+        self.access = info.access
 
     def check_open(self) -> None:
         """Raise PeerLostError or ClosedError when it can no longer be reached."""

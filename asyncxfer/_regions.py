@@ -19,6 +19,7 @@ from ._config import Config
 from ._control import Acceptor, Incoming
 from ._errors import RegistrationError
 from ._fast.link import SLOTS
+from ._grants import Granted, Grants
 from ._memory import Access, Memory, describe
 from ._region import Region
 from ._sharing import Allocation, Backings, Place, allocate, backings_of
@@ -70,8 +71,8 @@ class Regions:
         return isinstance(region, Region) and self._regions.get(region.name) is region
 
     async def allocate(
-        self, shape: int | Sequence[int], dtype: npt.DTypeLike, kind: str, name: str | None, access: Access, *,
-        huge_pages: bool,
+        self, shape: int | Sequence[int], dtype: npt.DTypeLike, kind: str, name: str | None, access: Access,
+        granted: Granted, *, huge_pages: bool,
     ) -> Region:  # fmt: skip
         """Make a region of new memory, as `Agent.allocate` says."""
         self._flights.check_open()
@@ -80,14 +81,15 @@ class Regions:
         dims, element = _dimensions(shape, dtype)
         allocation = allocate(math.prod(dims) * element.itemsize, huge_pages=huge_pages)
         array = np.frombuffer(allocation.buffer, element).reshape(dims)
-        return await self.register(array, name, access, allocation)
+        return await self.register(array, name, access, granted, allocation)
 
     async def register(
-        self, obj: object, name: str | None, access: Access, allocation: Allocation | None = None
+        self, obj: object, name: str | None, access: Access, granted: Granted, allocation: Allocation | None = None
     ) -> Region:
         """Make a region of memory that exists, as `Agent.register` says."""
         self._flights.check_open()
         memory = describe(obj, access=access)
+        grants = Grants(granted, "r" if memory.readonly else access, readonly=memory.readonly)
         array = obj if isinstance(obj, np.ndarray) and allocation is not None else None
         if allocation is not None:
             backings = Backings((allocation.file,), (Place(0, 0),))
@@ -95,7 +97,7 @@ class Regions:
             backings = await self._in_thread(_backings, memory, "w" in access and not memory.readonly)
             self._flights.check_open()
         try:
-            region = self._enter(memory, name, access, array)
+            region = self._enter(memory, name, access, grants, array)
         except BaseException:
             backings.close()
             raise
@@ -103,7 +105,9 @@ class Regions:
         self._acceptor.open(region)
         return region
 
-    def _enter(self, memory: Memory, name: str | None, access: Access, array: npt.NDArray[Any] | None) -> Region:
+    def _enter(
+        self, memory: Memory, name: str | None, access: Access, grants: Grants, array: npt.NDArray[Any] | None
+    ) -> Region:
         """Give memory a number, a name and a slot, and show it to every backend."""
         number = self._count + 1
         name = f"region-{number}" if name is None else name
@@ -126,7 +130,9 @@ class Regions:
             self._slots += 1
         slot = self._free_slots.pop()
         self._count = number
-        region = Region(name, memory, id=number, slot=slot, epoch=number, access=access, close=self.close, array=array)
+        region = Region(
+            name, memory, id=number, slot=slot, epoch=number, access=access, grants=grants, keeper=self, array=array
+        )
         region.registrations = registrations
         region.exports = {n: e for n, r in registrations.items() if (e := self._backends[n].export(r))}
         self._regions[name] = region
@@ -151,12 +157,10 @@ class Regions:
     async def _take_back(self, region: Region) -> str:
         """Do so; gives the names of the peers that were stopped inside it."""
         flights = self._flights
-        inside = self._acceptor.shut(region)
-        _, *drained = await asyncio.gather(
+        late, _ = await asyncio.gather(
+            self._shut(region, self._acceptor.shut(region)),
             flights.settle(flights.using(region), within=self._config.close_timeout),
-            *(self._drained(incoming, region.slot) for incoming in inside),
         )
-        late = [incoming for incoming, empty in zip(inside, drained, strict=True) if not empty]
         for backend, registration in region.registrations.items():
             self._backends[backend].deregister(registration)
         region.registrations.clear()
@@ -170,6 +174,33 @@ class Regions:
             return ", ".join(repr(incoming.name) for incoming in late)
         self._free_slots.append(region.slot)
         return ""
+
+    async def _shut(self, region: Region, shown: list[Incoming]) -> list[Incoming]:
+        """Wait until initiators are out of a region that was taken back from them; those that were stopped in it."""
+        inside = [incoming for incoming in shown if not incoming.page.shut(region.slot)]
+        drained = await asyncio.gather(*(self._drained(incoming, region.slot) for incoming in inside))
+        late = [incoming for incoming, empty in zip(inside, drained, strict=True) if not empty]
+        for incoming in shown:
+            if incoming not in late:
+                incoming.services.shut(region.slot)
+        return late
+
+    def grant(self, region: Region, peer: str, access: Access) -> None:
+        """Let a peer use a region, as `Region.grant` says."""
+        region.grants.grant(peer, access)
+        self._acceptor.renew(region, peer)
+
+    async def revoke(self, region: Region, peer: str) -> None:
+        """Take a region back from a peer, as `Region.revoke` says."""
+        if region.grants.of(peer) is None:
+            return
+        region.grants.revoke(peer)
+        late = await self._shut(region, self._acceptor.shut_to(region, peer))
+        if late:
+            raise RegistrationError(
+                f"region {region.name!r} was taken back from {peer!r}, which was stopped inside a transfer with it; "
+                "that one may still move bytes when the process goes on"
+            )
 
     def drop(self, why: str) -> None:
         """In a forked child: the regions are the parent's, and stay open to its peers."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ._errors import ClosedError, ConfigError, DescriptorError, PeerLostError, TransferError, TransferTimeout
+from ._errors import ChecksumError, ClosedError, ConfigError, DescriptorError, PeerLostError, TransferError, TransferTimeout
 from ._fast import completion as _native
 from ._fast.completion import Completion, CompletionQueue
 from ._progress import Progress
@@ -382,6 +382,8 @@ def _failure(transfer: Transfer, status: int) -> BaseException:
     if status == _native.STATUS_CANCELLED:
         return asyncio.CancelledError(f"{transfer.plan} was cancelled")
     kind, text = _ENDINGS[status]
+    if status == _native.STATUS_MISMATCH:
+        text = f"{text}: {_rows_of_chunk(transfer)}"
     cause = transfer.error
     if isinstance(cause, TransferError):
         return cause
@@ -389,6 +391,14 @@ def _failure(transfer: Transfer, status: int) -> BaseException:
     error = kind(f"{transfer.plan} {why}", nbytes=transfer.moved, backend=transfer.plan.backend)
     error.__cause__ = cause
     return error
+
+
+def _rows_of_chunk(transfer: Transfer) -> str:
+    """The rows of the local list that lie in the chunk which came wrong."""
+    ends, rows, chunk = transfer.plan.chunk_ends(), transfer.plan.row_ends(), transfer.detail
+    begin = int(ends[chunk - 1]) if chunk else 0
+    first, last = np.searchsorted(rows, begin, side="right"), np.searchsorted(rows, int(ends[chunk]), side="left")
+    return f"row {first} of the local list" if first == last else f"rows {first} to {last} of the local list"
 
 
 _ENDINGS: dict[int, tuple[type[TransferError], str]] = {
@@ -401,4 +411,5 @@ _ENDINGS: dict[int, tuple[type[TransferError], str]] = {
         "was refused by the kernel (process_vm_readv/writev: EPERM; see `asyncxfer doctor`)",
     ),
     _native.STATUS_FAILED: (TransferError, "failed"),
+    _native.STATUS_MISMATCH: (ChecksumError, "arrived damaged, twice"),
 }

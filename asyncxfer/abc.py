@@ -223,6 +223,9 @@ class Endpoint:
     def detach(self, remote: RemoteRegistration) -> None:
         """Forget a region that the peer has taken back, once nothing in flight uses it."""
 
+    def lost(self) -> None:
+        """The peer is gone: end what is in flight to it, as soon as the buffers are quiescent. `close` follows."""
+
     def close(self) -> None:
         """Forget the peer."""
 
@@ -245,6 +248,8 @@ class Request:
     endpoint : Endpoint or None
     link, slot, epoch
         The connection and the gate that guards the remote region; native code passes it chunk by chunk.
+    checksum : bool
+        The bytes are to be verified at their destination.
     keep : tuple
         What has to live while this is in use.
     """
@@ -260,6 +265,7 @@ class Request:
     link: Link | None = None
     slot: int = 0
     epoch: int = 0
+    checksum: bool = False
     keep: tuple[object, ...] = field(default=(), repr=False)
 
 
@@ -287,6 +293,12 @@ class Service(abc.ABC):
     def adopt(self, stream: Stream) -> None:
         """Serve requests that come over a connection of this initiator."""
 
+    def pause(self) -> None:
+        """Accept no further request until `resume`: notifications are not being read."""
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+
     @abc.abstractmethod
     def close(self) -> None:
         """End all its connections; when this returns, nothing of the service touches any region."""
@@ -304,6 +316,8 @@ class Backend(abc.ABC):
     capabilities: ClassVar[Capabilities]
     carries_notes: ClassVar[bool] = False
     """Whether it delivers notifications behind the data itself, and tells of failures."""
+    checksums: ClassVar[bool] = False
+    """Whether it can verify the bytes at their destination."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import ssl
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +16,7 @@ from cryptography.x509.oid import NameOID
 from asyncxfer import Certificates
 from asyncxfer._credentials import agent_uri
 
-__all__ = ["Authority", "Issued"]
+__all__ = ["Authority", "Issued", "shake_hands"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,18 @@ class Authority:
     """A root certificate, valid today."""
 
     key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+    name: str = field(default_factory=lambda: f"authority {os.urandom(4).hex()}")
 
     @property
     def pem(self) -> bytes:
         """The root, for those who trust it."""
-        issued = self._sign(self.key.public_key(), "authority", [], (-1, 3650), authority=True)
+        issued = self._sign(self.key.public_key(), self.name, [], (-1, 3650), authority=True)
         return issued.public_bytes(serialization.Encoding.PEM)
+
+    @property
+    def key_pem(self) -> bytes:
+        """Its private key."""
+        return _pem(self.key)
 
     def issue(
         self,
@@ -77,7 +86,7 @@ class Authority:
         now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()
-            .issuer_name(_name("authority"))
+            .issuer_name(_name(self.name))
             .subject_name(_name(subject))
             .public_key(key)
             .serial_number(x509.random_serial_number())
@@ -88,3 +97,17 @@ class Authority:
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         return builder.sign(self.key, hashes.SHA256())
+
+
+def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+    """Connect two contexts in memory until both sides are through and one byte has gone each way."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = server.wrap_bio(up, down, server_side=True), client.wrap_bio(down, up)
+    for _ in range(4):
+        for end in reversed(ends):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    for writer, reader in (ends, ends[::-1]):
+        writer.write(b"!")
+        assert reader.read(1) == b"!"
+    return ends

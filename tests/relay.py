@@ -15,11 +15,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-__all__ = ["Direction", "Relay"]
+__all__ = ["Direction", "Relay", "relaying"]
 
 #: Towards the target, or back to whoever connected.
 Direction = Literal["there", "back"]
@@ -71,6 +71,7 @@ class _Connection:
     def __init__(self, client: socket.socket, target: socket.socket) -> None:
         self.sockets = (client, target)
         self.connecting = True
+        self.deaf = False
         self.ways: dict[Direction, _Way] = {"there": _Way(client, target), "back": _Way(target, client)}
 
     def close(self, *, reset: bool) -> None:
@@ -85,14 +86,14 @@ class Relay:
 
     Parameters
     ----------
-    target : tuple of str and int
-        Host and port.
+    target : tuple of str and int, or int
+        Host and port, or a port on loopback.
     listen : tuple of str and int
         Port 0 is any free one.
     """
 
-    def __init__(self, target: tuple[str, int], *, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
-        self._target = target
+    def __init__(self, target: tuple[str, int] | int, *, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        self._target = ("127.0.0.1", target) if isinstance(target, int) else target
         self._listen = listen
         self._selector = selectors.DefaultSelector()
         self._watched: dict[socket.socket, int] = {}
@@ -101,6 +102,7 @@ class Relay:
         self._flips: dict[tuple[int, Direction], set[int]] = {}
         self._cuts: dict[tuple[int, Direction], int] = {}
         self._stalled = False
+        self._shut = False
         self._rate = 0.0
         self._allowed = 0.0
         self._allowed_at = 0.0
@@ -131,6 +133,38 @@ class Relay:
     def address(self) -> tuple[str, int]:
         """Where it listens: host and port."""
         return self._listen
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._listen[1]
+
+    @property
+    def target(self) -> int:
+        """The port that those who come from now on are connected to."""
+        return self._target[1]
+
+    @target.setter
+    def target(self, port: int) -> None:
+        self._order(lambda: setattr(self, "_target", (self._target[0], port)))
+
+    @property
+    def deaf(self) -> bool:
+        """Whether what comes back to those who are here is taken and thrown away; those who come later are heard."""
+        return self._order(lambda: any(connection.deaf for connection in self._connections.values()))
+
+    @deaf.setter
+    def deaf(self, deaf: bool) -> None:
+        self._order(lambda: self._set_deaf(deaf))
+
+    @property
+    def shut(self) -> bool:
+        """Whether who comes is sent away at once."""
+        return self._shut
+
+    @shut.setter
+    def shut(self, shut: bool) -> None:
+        self._order(lambda: setattr(self, "_shut", shut))
 
     @property
     def count(self) -> int:
@@ -174,7 +208,7 @@ class Relay:
 
     def refuse(self) -> None:
         """Stop listening: who comes is refused; the connections that are here stay."""
-        self._order(self._shut)
+        self._order(self._stop_listening)
 
     def accept(self) -> None:
         """Listen again, at the same address."""
@@ -261,12 +295,15 @@ class Relay:
             client, _ = self._listener.accept()
         except OSError:  # who came has left again
             return
+        number, self._count = self._count, self._count + 1
+        if self._shut:
+            client.close()
+            return
         target = socket.socket(socket.AF_INET6 if ":" in self._target[0] else socket.AF_INET)
         for sock in (client, target):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = _Connection(client, target)
-        number, self._count = self._count, self._count + 1
         self._connections[number] = connection
         for direction, way in connection.ways.items():
             way.flips = self._flips.pop((number, direction), set())
@@ -307,6 +344,8 @@ class Relay:
         most = min(way.room, int(allowed), self._cuts.get((number, direction), 1 << 62) - way.carried)
         if most > 0:
             self._allowed -= way.take(most)
+            if self._connections[number].deaf and direction == "back":
+                way.held.clear()
 
     # -- what has been ordered
 
@@ -320,6 +359,10 @@ class Relay:
             if self._watched.pop(sock, None) is not None:
                 self._selector.unregister(sock)
         connection.close(reset=reset)
+
+    def _set_deaf(self, deaf: bool) -> None:
+        for connection in self._connections.values():
+            connection.deaf = deaf
 
     def _flip(self, bit: int, where: tuple[int, Direction]) -> None:
         number, direction = where
@@ -340,7 +383,7 @@ class Relay:
         self._listener.setblocking(False)
         self._listen = self._listener.getsockname()[:2]
 
-    def _shut(self) -> None:
+    def _stop_listening(self) -> None:
         assert self._listener is not None, "it refuses already"
         if self._watched.pop(self._listener, None) is not None:
             self._selector.unregister(self._listener)
@@ -350,5 +393,12 @@ class Relay:
     def _end(self) -> None:
         self._cut([*self._connections])
         if self._listener is not None:
-            self._shut()
+            self._stop_listening()
         self._ending = True
+
+
+@contextlib.asynccontextmanager
+async def relaying(target: int = 0) -> AsyncIterator[Relay]:
+    """A relay to a port of loopback, which may be told later."""
+    with Relay(target) as relay:
+        yield relay

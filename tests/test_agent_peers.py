@@ -181,7 +181,7 @@ async def test_what_an_agent_cannot_be_made_with() -> None:
     with pytest.raises(ConfigError, match="etcd://here"):
         Agent("a", directory="etcd://here")
     with pytest.raises(ConfigError, match="tcp://"):
-        Agent("a", listen="tcp://127.0.0.1:0")  # type: ignore[arg-type]
+        Agent("a", listen="127.0.0.1:0")
     with pytest.raises(BackendError, match=r"there is no backend 'carrier-pigeon'; installed are: .*local.*shm"):
         await Agent("a", backends=["local", "carrier-pigeon"]).start()
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Any, ClassVar
 
 import pytest
 from thread_backend import ThreadBackend
 
+from asyncxfer import PreSharedKey
 from asyncxfer.abc import Backend
 from asyncxfer.testing import BackendContract, PeerProcess, Target
+
+
+SECRET = "a secret that only the tests know"
 
 
 class TestLocal(BackendContract):
@@ -23,12 +28,13 @@ class BetweenProcesses(BackendContract):
     """One second process for all tests, and in it a new agent for each."""
 
     process: PeerProcess
+    process_options: ClassVar[dict[str, Any]] = {}
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def _second_process(cls) -> Iterator[None]:
         with asyncio.Runner() as runner:
-            cls.process = runner.run(PeerProcess().__aenter__())
+            cls.process = runner.run(PeerProcess(**cls.process_options).__aenter__())
             yield
             runner.run(cls.process.__aexit__(None, None, None))
 
@@ -49,6 +55,34 @@ class TestShmAttach(BetweenProcesses):
     """Ordinary memory."""
 
     route = "shm:attach"
+
+
+class TestTcp(BetweenProcesses):
+    """Over loopback, as between hosts."""
+
+    route = "tcp"
+    process_options: ClassVar[dict[str, Any]] = {"listen": "tcp://127.0.0.1:0", "config": {"unix_socket": False}}
+    options: ClassVar[dict[str, Any]] = {"config": {"unix_socket": False}}
+
+
+class TestTcpChecked(TestTcp):
+    """With checksums."""
+
+    checksum = True
+
+
+class TestTcpEncrypted(TestTcp):
+    """Control and data under TLS."""
+
+    process_options: ClassVar[dict[str, Any]] = {**TestTcp.process_options, "secret": SECRET}
+    options: ClassVar[dict[str, Any]] = {**TestTcp.options, "credentials": PreSharedKey(SECRET)}
+
+
+class TestTcpBesideUnix(BetweenProcesses):
+    """Data over loopback, control over a Unix socket."""
+
+    route = "tcp"
+    process_options: ClassVar[dict[str, Any]] = {"listen": "tcp://127.0.0.1:0"}
 
 
 class TestThirdParty(BackendContract):

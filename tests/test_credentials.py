@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from authority import Authority
+from authority import Authority, shake_hands
 from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,20 +21,6 @@ from asyncxfer._credentials import Credentials, agent_uri
 
 AUTHORITY = Authority()
 SECRET = b"sixteen bytes or more"
-
-
-def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """Connect two contexts in memory until both sides are through and one byte has gone each way."""
-    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = server.wrap_bio(up, down, server_side=True), client.wrap_bio(down, up)
-    for _ in range(4):
-        for end in reversed(ends):
-            with contextlib.suppress(ssl.SSLWantReadError):
-                end.do_handshake()
-    for writer, reader in (ends, ends[::-1]):
-        writer.write(b"!")
-        assert reader.read(1) == b"!"
-    return ends
 
 
 def shown(credentials: Credentials) -> bytes:

@@ -62,7 +62,7 @@ def test_the_pages_name_what_exists() -> None:
         assert named <= targets, f"{page.name} names make targets that do not exist: {sorted(named - targets)}"
 
 
-@pytest.mark.parametrize("command", ["doctor", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "bench", "certs"])
 def test_the_options_that_the_pages_name_exist(command: str) -> None:
     page = (ROOT / "docs/cli.md").read_text().partition(f"## asyncxfer {command}\n")[2].partition("\n## ")[0]
     named = set(re.findall(r"`[^`\n]*?(--[a-z-]+)", page)) - {"--help"}

@@ -79,7 +79,17 @@ AGENTS = st.builds(
     addresses=st.lists(NAMES, max_size=5),
 )
 FRAMES: st.SearchStrategy[wire.Frame] = st.one_of(
-    st.builds(wire.Hello, version=SMALL, name=NAMES, generation=U64, process=IDENTITIES, host=IDENTITIES),
+    st.builds(
+        wire.Hello,
+        version=SMALL,
+        name=NAMES,
+        generation=U64,
+        process=IDENTITIES,
+        host=IDENTITIES,
+        resume=st.sampled_from([b"", bytes(16)]),
+        attempt=U64,
+        proof=st.binary(max_size=32),
+    ),
     st.builds(
         wire.Welcome,
         name=NAMES,
@@ -89,6 +99,8 @@ FRAMES: st.SearchStrategy[wire.Frame] = st.one_of(
         probe_address=U64,
         probe_value=IDENTITIES,
         slots=SMALL,
+        session=IDENTITIES,
+        secret=st.binary(min_size=32, max_size=32),
     ),
     st.builds(wire.RegionAdded, regions()),
     st.builds(wire.RegionRemoved, U64),
@@ -96,6 +108,8 @@ FRAMES: st.SearchStrategy[wire.Frame] = st.one_of(
     st.builds(wire.Beat, st.booleans()),
     st.builds(wire.Bye, NAMES),
     st.builds(wire.Refused, NAMES),
+    st.builds(wire.Letter, U64, st.binary(min_size=1, max_size=1), st.binary(max_size=100)),
+    st.builds(wire.LetterAck, U64),
 )
 
 

@@ -14,6 +14,7 @@ cdef enum status_t:
     FAULT = 5
     DENIED = 6
     FAILED = 7
+    MISMATCH = 100
 
 
 cdef struct node_t:
@@ -38,9 +39,11 @@ cdef struct op_t:
     const char* note
     size_t note_bytes
     int has_note
-    int carried                 # the backend delivers the note itself, or has told of the failure
+    int carried                 # the backend does all that concerns the peer: note, word of a failure, counting
     int letter                  # ended but for the note, which the control channel delivers from the loop
     void (*on_stop)(op_t*) noexcept nogil   # the backend's own: somebody asks for an early end
+    void* carrier               # the backend's own
+    uint32_t detail             # more on the status: which chunk
     int put
     int inline_                 # ends within the call that posts it: no queue, no wake-up
     int state                   # atomic: 0 in flight, 1 ended

@@ -13,6 +13,7 @@ STATUS_REVOKED: Final = 4
 STATUS_FAULT: Final = 5
 STATUS_DENIED: Final = 6
 STATUS_FAILED: Final = 7
+STATUS_MISMATCH: Final = 100
 
 __pyx_capi__: dict[str, object]  # what other Cython modules link to
 
@@ -44,6 +45,8 @@ class Completion:
     def status(self) -> int: ...
     @property
     def errno(self) -> int: ...
+    @property
+    def detail(self) -> int: ...
     @property
     def error(self) -> BaseException | None: ...
     @property

@@ -33,6 +33,7 @@ STATUS_REVOKED = REVOKED
 STATUS_FAULT = FAULT
 STATUS_DENIED = DENIED
 STATUS_FAILED = FAILED
+STATUS_MISMATCH = MISMATCH
 
 # How long one turn of the loop may be spent on settling, or on transfers that end inline; 1 ms is the promise.
 cdef int64_t TURN_NS = 200_000
@@ -68,7 +69,7 @@ cdef void op_settle(op_t* op, int status, int error) noexcept nogil:
     cdef queue_t* queue = NULL if op.inline_ else op.queue
     op.status = status
     op.error = error
-    if op.link != NULL and op.nbytes and op.link.page != NULL:
+    if op.link != NULL and op.nbytes and not op.carried and op.link.page != NULL:
         page = op.link.page
         if status != OK:
             axf_add64(&page.failed, 1)
@@ -306,6 +307,11 @@ cdef class Completion:
     def errno(self) -> int:
         """The system's word for why it failed; 0 where there is none."""
         return self.op.error
+
+    @property
+    def detail(self) -> int:
+        """More on the status: with ``STATUS_MISMATCH`` the chunk whose bytes came wrong."""
+        return self.op.detail
 
     @property
     def error(self) -> BaseException | None:

@@ -11,22 +11,10 @@
 #include <setjmp.h>
 #include <signal.h>
 #include "native.h"
+#include "rows.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-typedef struct {
-    uint64_t local, remote, length; /* absolute addresses of the first row, bytes a row */
-    int64_t local_stride, remote_stride;
-    uint32_t count, local_segment, remote_segment, reserved;
-} axf_pair;
-
-typedef struct {
-    uint64_t pair;   /* where it begins: pair, row of that pair, bytes into that row */
-    uint64_t row;
-    uint64_t skip;
-    uint64_t nbytes; /* and how far it goes, over as many pairs as that takes */
-} axf_chunk;
 
 #define AXF_CMA_ROWS 1024 /* IOV_MAX: rows a process_vm call */
 
@@ -138,6 +126,18 @@ static int axf_copy_chunk(const axf_pair *pairs, const axf_chunk *chunk, int put
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     axf_copy_rows(pairs + chunk->pair, chunk, put, stream);
     if (stream) axf_stream_end();
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    axf_guard = 0;
+    return 0;
+}
+
+/* A few bytes, likewise. */
+static int axf_copy_bytes(void *to, const void *from, size_t n) {
+    sigjmp_buf jump;
+    if (sigsetjmp(jump, 0)) return EFAULT;
+    axf_guard = &jump;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    memcpy(to, from, n);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     axf_guard = 0;
     return 0;

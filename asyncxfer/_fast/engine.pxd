@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from asyncxfer._fast.native cimport axf_link
 
 
-cdef extern from "copy.h" nogil:
+cdef extern from "rows.h" nogil:
     ctypedef struct axf_pair:
         uint64_t local, remote, length
         int64_t local_stride, remote_stride
@@ -13,6 +13,9 @@ cdef extern from "copy.h" nogil:
 
     ctypedef struct axf_chunk:
         uint64_t pair, row, skip, nbytes
+
+
+cdef int copy_bytes(void* to, const void* source, size_t n) noexcept nogil
 
 
 cdef struct work_t:

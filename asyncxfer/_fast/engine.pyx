@@ -24,6 +24,7 @@ import numpy as np
 cdef extern from "copy.h" nogil:
     void axf_guard_install()
     int axf_can_stream()
+    int axf_copy_bytes(void* to, const void* source, size_t n)
     int axf_copy_chunk(const axf_pair* pairs, const axf_chunk* chunk, int put, int stream)
     int axf_cma_chunk(const axf_pair* pairs, const axf_chunk* chunk, int put, int pid, uint64_t* moved)
 
@@ -204,6 +205,16 @@ cdef int move(op_t* op, uint32_t index) noexcept nogil:
         return OK
     op.error = error
     return meaning(w, error)
+
+
+cdef int copy_bytes(void* to, const void* source, size_t n) noexcept nogil:
+    """Copies what may go away under the copy: 0, or EFAULT. `acquire` or `guard` was called before."""
+    return axf_copy_bytes(to, source, n)
+
+
+def guard() -> None:
+    """See to it that memory which goes away under a copy is an error of that copy."""
+    axf_guard_install()
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

@@ -39,7 +39,12 @@ static inline int axf_swap(int *p, int v) { return __atomic_exchange_n(p, v, __A
 static inline int axf_claim(int *p, int from, int to) {
     return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
+static inline void axf_or(int *p, int bits) { __atomic_fetch_or(p, bits, __ATOMIC_SEQ_CST); }
+static inline void axf_and(int *p, int bits) { __atomic_fetch_and(p, bits, __ATOMIC_SEQ_CST); }
 static inline uint64_t axf_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static inline int axf_claim64(uint64_t *p, uint64_t from, uint64_t to) {
+    return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
 static inline void axf_add64(uint64_t *p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 
 /* A stack that many threads push to and one takes whole: `head` is the stack, `node` the first word of the item.

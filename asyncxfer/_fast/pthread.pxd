@@ -18,6 +18,8 @@ cdef extern from "<pthread.h>" nogil:
         pass
     int pthread_mutex_init(pthread_mutex_t* m, void* attr)
     int pthread_mutex_lock(pthread_mutex_t* m)
+    int pthread_mutex_trylock(pthread_mutex_t* m)
+    int pthread_mutex_destroy(pthread_mutex_t* m)
     int pthread_mutex_unlock(pthread_mutex_t* m)
     int pthread_cond_init(pthread_cond_t* c, void* attr)
     int pthread_cond_wait(pthread_cond_t* c, pthread_mutex_t* m)
@@ -48,7 +50,9 @@ cdef extern from *:
     void axf_be_patient() noexcept nogil
 
 
-cdef inline int start_thread(pthread_t* thread, void* (*run)(void*) noexcept nogil, const char* name) noexcept nogil:
+cdef inline int start_thread(
+    pthread_t* thread, void* (*run)(void*) noexcept nogil, const char* name, void* arg=NULL
+) noexcept nogil:
     """Starts a thread of ours; 0 or errno. Signals stay with the program's own threads, faults excepted."""
     cdef sigset_t ours, before
     cdef int rc
@@ -56,7 +60,7 @@ cdef inline int start_thread(pthread_t* thread, void* (*run)(void*) noexcept nog
     sigdelset(&ours, SIGBUS)
     sigdelset(&ours, SIGSEGV)
     pthread_sigmask(SIG_SETMASK, &ours, &before)
-    rc = pthread_create(thread, NULL, run, NULL)
+    rc = pthread_create(thread, NULL, run, arg)
     if rc == 0:
         pthread_setname_np(thread[0], name)
     pthread_sigmask(SIG_SETMASK, &before, NULL)

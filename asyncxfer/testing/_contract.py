@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -32,6 +32,10 @@ class BackendContract(Moving, Telling, Ending):
         What the tests force with `backend=`: a backend's name, or ``"name:via"`` for one of its ways. Required.
     shared : bool
         Regions come from `Agent.allocate`, which peers of this host can map; otherwise they are ordinary arrays.
+    checksum : bool
+        Every transfer is verified at its destination.
+    options : mapping of str to object
+        What both agents are made with besides: `listen`, `credentials`, `config`.
     skips : mapping of str to str
         Capabilities that the backend has not, and why: ``"cancel"`` (transfers can be ended early), ``"timeout"``
         (and are, when their time is over), ``"revoke"`` (the peer may take a region back, or leave, under them).
@@ -51,6 +55,8 @@ class BackendContract(Moving, Telling, Ending):
 
     route: ClassVar[str] = ""
     shared: ClassVar[bool] = False
+    checksum: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, Any]] = {}
     skips: ClassVar[Mapping[str, str]] = {}
 
     def backends(self) -> Iterable[str | type[Backend] | Backend] | None:
@@ -60,7 +66,7 @@ class BackendContract(Moving, Telling, Ending):
     @contextlib.asynccontextmanager
     async def target(self) -> AsyncIterator[Target]:
         """Run the other side; a `PeerProcess` for a backend between processes. By default an agent of this one."""
-        async with Agent("target", backends=self.backends()) as agent:
+        async with Agent("target", backends=self.backends(), **self.options) as agent:
             yield AgentTarget(agent)
 
     @contextlib.asynccontextmanager
@@ -69,10 +75,10 @@ class BackendContract(Moving, Telling, Ending):
         assert self.route, f"{type(self).__name__}.route: expected the name of the backend under test"
         async with (
             self.target() as target,
-            Agent("initiator", backends=self.backends()) as agent,
+            Agent("initiator", backends=self.backends(), **self.options) as agent,
         ):
             peer = await agent.connect(target.metadata())
-            yield Stage(agent, peer, target, self.route, self.shared)
+            yield Stage(agent, peer, target, self.route, self.shared, self.checksum)
 
     def need(self, capability: str) -> None:
         """Skip the test when the backend has not what it is about."""

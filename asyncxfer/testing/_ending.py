@@ -33,7 +33,7 @@ _NBYTES = 16 << 20
 
 def _queue(stage: Stage, sides: Sides, op: Op, count: int = 24) -> list[Transfer]:
     """Post more than can have been done by the time that the last is posted."""
-    plan = stage.agent.prepare(op, sides.region[:], sides.remote[:], backend=stage.route)
+    plan = stage.prepare(op, sides.region[:], sides.remote[:])
     return [plan() for _ in range(count)]
 
 

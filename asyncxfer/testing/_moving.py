@@ -124,7 +124,7 @@ class Moving:
     async def test_a_plan_moves_what_is_there_now_each_time(self, op: Op) -> None:
         async with self.stage() as stage:
             sides = await stage.open((50, 1000))
-            plan = stage.agent.prepare(op, sides.region[::2], sides.remote[:25], backend=stage.route)
+            plan = stage.prepare(op, sides.region[::2], sides.remote[:25])
             for seed in range(3):
                 await sides.fill(seed)
                 await asyncio.gather(plan(), plan())
@@ -134,7 +134,7 @@ class Moving:
     async def test_a_plan_of_some_rows_of_a_plan(self, op: Op) -> None:
         async with self.stage() as stage:
             sides = await stage.open((50, 1000))
-            plan = stage.agent.prepare(op, sides.region[:, :500], sides.remote[:, 500:], backend=stage.route)
+            plan = stage.prepare(op, sides.region[:, :500], sides.remote[:, 500:])
             before = sides.here.copy(), (await sides.there()).copy()
             done = await plan.select([7, 3, 40], [0, 1, 49])()
             assert (done.nbytes, done.descriptors) == (1500, 3)

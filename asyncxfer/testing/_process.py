@@ -34,8 +34,11 @@ class PeerProcess(Target):
         Of the agent.
     backends : sequence of str or None
         Names, or ``"module:Class"`` of one that is not installed; None for all that load.
+    listen : str or None
     config : mapping or None
         As for `Agent`.
+    secret : str or None
+        Of a `PreSharedKey` to give it as its credentials.
     python : sequence of str
         The command that runs Python, for wrappers such as ``("strace", "python")``.
     """
@@ -45,11 +48,19 @@ class PeerProcess(Target):
         name: str = "target",
         *,
         backends: Sequence[str] | None = None,
+        listen: str | None = None,
         config: Mapping[str, Any] | None = None,
+        secret: str | None = None,
         python: Sequence[str] = (sys.executable,),
     ) -> None:
-        arguments = [name, json.dumps(dict(config or {})), json.dumps(None if backends is None else list(backends))]
-        self._command = [*python, "-m", "asyncxfer.testing._serve", *arguments]
+        told = {
+            "name": name,
+            "backends": None if backends is None else list(backends),
+            "listen": listen,
+            "config": dict(config or {}),
+            "secret": secret,
+        }
+        self._command = [*python, "-m", "asyncxfer.testing._serve", json.dumps(told)]
         self._process: subprocess.Popen[bytes] | None = None
         self._metadata = b""
         self._turn = threading.Lock()

@@ -1,6 +1,6 @@
 """The second process of a contract test: an agent that does what comes in over a pipe, one thing after the other.
 
-Started by `PeerProcess` as ``python -m asyncxfer.testing._serve NAME CONFIG BACKENDS``, the latter two as JSON.
+Started by `PeerProcess` as ``python -m asyncxfer.testing._serve TOLD``, a JSON object of its parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any
 
-from asyncxfer import Agent
+from asyncxfer import Agent, PreSharedKey
 from asyncxfer.testing._target import AgentTarget
 from asyncxfer.testing._wire import receive, send
 
@@ -52,14 +52,19 @@ def backend(spec: str) -> Any:
     return getattr(importlib.import_module(module), name) if name else spec
 
 
-async def main(name: str, config: str, backends: str) -> None:
+async def main(told: dict[str, Any]) -> None:
     """Run the agent."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever else prints goes where a person sees it
-    specs: list[str] | None = json.loads(backends)
-    wanted = None if specs is None else [backend(spec) for spec in specs]
-    await serve(lambda: Agent(name, config=json.loads(config), backends=wanted), os.fdopen(os.dup(0), "rb"), answers)
+    specs: list[str] | None = told["backends"]
+    options = {
+        "backends": None if specs is None else [backend(spec) for spec in specs],
+        "listen": told["listen"],
+        "config": told["config"],
+        "credentials": None if told["secret"] is None else PreSharedKey(told["secret"]),
+    }
+    await serve(lambda: Agent(told["name"], **options), os.fdopen(os.dup(0), "rb"), answers)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    asyncio.run(main(json.loads(sys.argv[1])))

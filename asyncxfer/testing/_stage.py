@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from asyncxfer import Agent, DescriptorList, Done, Peer, Region, RemoteRegion, Transfer
+from asyncxfer import Agent, DescriptorList, Done, Peer, Plan, Region, RemoteRegion, Transfer
 
 from ._target import Access, Target, make_region
 
@@ -93,6 +93,8 @@ class Stage:
         What transfers insist on.
     shared : bool
         Regions come from `Agent.allocate`.
+    checksum : bool
+        Every transfer is verified at its destination.
     """
 
     agent: Agent
@@ -100,6 +102,7 @@ class Stage:
     target: Target
     route: str
     shared: bool
+    checksum: bool = False
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     async def open(
@@ -124,7 +127,11 @@ class Stage:
     def post(self, op: Op, local: DescriptorList, remote: DescriptorList, **options: Any) -> Transfer:
         """Post a transfer by the route under test."""
         call: Callable[..., Transfer] = self.agent.put if op == "put" else self.agent.get
-        return call(local, remote, backend=self.route, **options)
+        return call(local, remote, backend=self.route, checksum=self.checksum, **options)
+
+    def prepare(self, op: Op, local: DescriptorList, remote: DescriptorList) -> Plan:
+        """Prepare a transfer by the route under test."""
+        return self.agent.prepare(op, local, remote, backend=self.route, checksum=self.checksum)
 
     async def moves(self, sides: Sides, op: Op, local: Selection, remote: Selection, **options: Any) -> Done:
         """Move and compare every byte of both sides with the model."""

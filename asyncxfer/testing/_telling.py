@@ -33,7 +33,7 @@ class Telling:
     async def test_data_is_visible_when_its_notification_arrives(self, nbytes: int) -> None:
         async with self.stage() as stage:
             sides = await stage.open((nbytes,))
-            plan = stage.agent.prepare("put", sides.region[:], sides.remote[:], backend=stage.route)
+            plan = stage.prepare("put", sides.region[:], sides.remote[:])
             for number in range(40 if nbytes < 10_000 else 8):
                 sides.here[:] = number + 1
                 tag = b"round %d" % number
@@ -100,7 +100,7 @@ class Telling:
             assert ours.route in str(explanation)
             assert explanation.nbytes == 32_000
             assert sum(candidate.taken for candidate in explanation) == 1
-            plan = stage.agent.prepare(op, local, remote, backend=stage.route)
+            plan = stage.prepare(op, local, remote)
             assert plan.backend == stage.route.partition(":")[0]
             with pytest.raises(NoRouteError, match="no-such-backend") as caught:
                 stage.agent.prepare(op, local, remote, backend="no-such-backend")
