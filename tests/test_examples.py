@@ -5,19 +5,25 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import asyncxfer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from hosts import Hosts
+
+    Prefix = Callable[..., tuple[str, ...]]
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # Wherever the package under test was imported from, the examples import it from there too.
@@ -56,6 +62,101 @@ def test_handoff_fails_on_a_wrong_block(tmp_path: Path) -> None:
     ran = run_handoff("--memory", "16", script=broken)
     assert ran.returncode == 1, ran.stderr
     assert "verified: 220 of 224 blocks layer by layer, 220 all at once" in ran.stdout  # a block of each request
+
+
+# ---- two hosts ----------------------------------------------------------------------------------------------------
+
+TWO_HOSTS = EXAMPLES / "two_hosts.py"
+
+
+def here(*command: str) -> tuple[str, ...]:
+    return command
+
+
+def hand_over(*serving: str, server: Prefix = here, sender: Prefix = here, status: int = 0) -> tuple[str, str]:
+    """Run both sides, the sender as the server says; what each prints."""
+    command = [sys.executable, str(TWO_HOSTS), "serve", "--memory", "16", "--requests", "3", *serving]
+    pipes: dict[str, Any] = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(server(*command), **pipes) as process:
+        assert process.stdout is not None
+        try:
+            told = ""
+            while "two_hosts.py send" not in told:
+                line = process.stdout.readline()
+                assert line, process.communicate()[1]
+                told = line
+            words = shlex.split(told)[3:]
+            sending = sender(sys.executable, str(TWO_HOSTS), "send", *words)
+            sent = subprocess.run(sending, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+            assert sent.returncode == status, sent.stderr
+            served, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert process.returncode == status, errors
+    assert not errors + sent.stderr
+    return served, sent.stdout
+
+
+@pytest.mark.parametrize("how", ["one host", "tcp", "file", "secret", "certificates"])
+def test_two_sides_on_loopback(how: str, tmp_path: Path) -> None:
+    options = {
+        "one host": [],
+        "tcp": ["--tcp"],
+        "file": ["--ticket", str(tmp_path / "a ticket")],
+        "secret": ["--tcp", "--secret-file", str(tmp_path / "secret")],
+        "certificates": ["--tcp", "--credentials", str(tmp_path)],
+    }[how]
+    (tmp_path / "secret").write_text("a secret of more than sixteen bytes\n")
+    if how == "certificates":
+        making = [sys.executable, "-m", "asyncxfer", "certs", str(tmp_path), "decode-0", "prefill-0"]
+        subprocess.run(making, env=ENVIRONMENT, check=True, capture_output=True)
+    served, sent = hand_over(*options)
+    assert "192 of 192 blocks are what they must be" in served  # 32 layers of two blocks for each of three requests
+    assert f"by {'tcp' if '--tcp' in options else 'shm'}" in sent
+    assert "192 of 192 blocks have come back as they went" in sent
+
+
+def test_two_sides_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("a secret of more than sixteen bytes\n")
+    listen = ["--listen", f"tcp://{hosts[0].ipv4}:0", "--secret-file", str(tmp_path / "secret")]
+    served, sent = hand_over(*listen, server=hosts[0].run, sender=hosts[1].run)
+    assert "192 of 192 blocks are what they must be" in served
+    assert "by tcp" in sent
+
+
+def test_a_wrong_block_is_told_on_both_sides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = TWO_HOSTS.read_text()
+    honest = "                put = here.put("
+    assert honest in source
+    # Both sides see it: what comes back is compared with what is here once all of it has gone.
+    fault = "                if layer == 2:\n                    kv.array[layer, blocks[0], 1, 3] = 0\n"
+    again = "        blocks, remote = np.concatenate(mine), np.concatenate(theirs)\n"
+    assert again in source
+    later = again + "        kv.array[2, mine[0][0], 1, 3] = 1\n"
+    shutil.copy(EXAMPLES / "kv_handoff.py", tmp_path)
+    (tmp_path / "two_hosts.py").write_text(source.replace(honest, fault + honest).replace(again, later))
+    monkeypatch.setitem(globals(), "TWO_HOSTS", tmp_path / "two_hosts.py")
+    served, sent = hand_over(status=1)
+    assert "189 of 192 blocks are what they must be" in served  # a block of each request
+    assert "191 of 192 blocks have come back as they went" in sent
+
+
+def test_a_listener_for_everybody_is_refused(hosts: Hosts) -> None:
+    command = hosts[0].run(sys.executable, str(TWO_HOSTS), "serve", "--listen", f"tcp://{hosts[0].ipv4}:0")
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 1
+    assert "two_hosts: " in ran.stderr
+    assert "credentials" in ran.stderr
+
+
+def test_what_is_no_ticket_is_told() -> None:
+    command = [sys.executable, str(TWO_HOSTS), "send", "bm90aGluZw=="]
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 2
+    assert "this is no ticket" in ran.stderr
+
+
+# ---- a server -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -208,6 +208,38 @@ def test_refuse_and_accept(stage: Stage) -> None:
             assert carry(*second, DATA) == DATA
 
 
+def test_a_deaf_relay_swallows_what_comes_back(stage: Stage) -> None:
+    with stage.connection() as (near, far):
+        stage.relay.deaf = True
+        far.sendall(DATA)
+        assert carry(near, far, DATA) == DATA  # by then all of it has been swallowed, or will be
+        while stage.relay.carried(0, "back") < len(DATA):
+            select.select([near], [], [], 0.01)
+        stage.relay.deaf = False
+        far.sendall(b"heard")
+        assert near.recv(100) == b"heard"
+
+
+def test_a_shut_relay_sends_away(stage: Stage) -> None:
+    stage.relay.shut = True
+    with socket.create_connection(stage.relay.address, timeout=10) as near:
+        assert near.recv(100) == b""
+    stage.relay.shut = False
+    with stage.connection() as ends:
+        assert carry(*ends, DATA) == DATA
+    assert stage.relay.count == 2
+
+
+def test_another_target(stage: Stage) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, stage.connection() as first:
+        stage.relay.target = other.getsockname()[1]
+        with socket.create_connection(stage.relay.address, timeout=10) as near:
+            far, _ = other.accept()
+            with far:
+                assert carry(near, far, DATA) == DATA
+        assert carry(*first, DATA) == DATA
+
+
 def test_limit(stage: Stage) -> None:
     with stage.connection() as (near, far):
         stage.relay.limit(1 << 16)

@@ -59,7 +59,8 @@ class Iperf:
         port = _free_port()
         seat = place.target
         command = (*seat.prefix, "iperf3", "--server", "--bind", seat.address, "--port", str(port), "--forceflush")
-        server = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+        # It tells of its end by a signal on standard error.
+        server = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             async with _in_time("iperf3 did not begin to listen"):
                 await _until_listening(server, port)
@@ -109,7 +110,7 @@ async def _until_listening(process: asyncio.subprocess.Process, port: int) -> No
         if _listens(process.pid, port):
             return
         await asyncio.sleep(0.005)
-    raise BenchError("iperf3 ended before it listened; see its error output")
+    raise BenchError("iperf3 ended before it listened")
 
 
 def _listens(pid: int, port: int) -> bool:
