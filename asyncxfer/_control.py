@@ -163,6 +163,8 @@ class Incoming:
         message = decode_frame(frame)
         if isinstance(message, Letter) and self.remote:
             note = message.note
+            if note.kind is NoteKind.ANNOUNCED:
+                raise MetadataError("a letter that announces another; what is announced here has no bound")
             if self._received.take(message):
                 self._acceptor.events.on_note(self, note.kind, note.tag)
             self.channel.send(encode_frame(LetterAck(message.seq)))
@@ -204,6 +206,11 @@ class Incoming:
         self._patience = loop.call_at(until, self._over, why)
         self.channel.release()
         self._acceptor.events.on_connection()
+
+    def replaced(self, generation: int) -> None:
+        """Give up waiting for a connection: the initiator has started again."""
+        if self.channel.ended:
+            self._over(f"its connection broke, and generation {generation} has taken its place")
 
     def _over(self, why: str) -> None:
         self._let_go()
@@ -365,6 +372,7 @@ class Acceptor:
             if connection is not None:
                 connection.close()
             raise
+        _sockets.be_patient(sock)
         service.adopt(Stream(sock.detach(), asked.number, connection))
 
     def _service(self, asked: Asked) -> Service:
@@ -389,6 +397,8 @@ class Acceptor:
         known = self._sessions.get(hello.resume) if hello.resume else None
         if hello.resume and (known is None or not known.resume(channel, hello)):
             _refuse(channel, f"it is {me.name!r}, generation {me.generation}, and knows of no such connection")
+        for older in [other for other in self._named(hello.name) if other.generation < hello.generation]:
+            older.replaced(hello.generation)
         incoming = known or Incoming(self, channel, hello, remote=remote)
         self.incoming.add(incoming)
         self._sessions[incoming.session] = incoming

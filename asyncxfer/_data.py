@@ -10,7 +10,8 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from . import _proof, _sockets
 from ._errors import BackendError, PeerLostError
@@ -23,6 +24,8 @@ __all__ = ["Asked", "Sealing", "Wire", "accept", "answer", "ask"]
 
 _HEAD = struct.Struct(f">{_proof.SESSION_BYTES}s{_proof.NONCE_BYTES}sHB")  # and the backend's name
 _WELCOME = b"\0"
+
+T = TypeVar("T")
 
 
 class Sealing:
@@ -43,9 +46,9 @@ class Sealing:
         Raises
         ------
         BackendError
-            There is no native TLS here, or the handshake failed.
+            There is no native TLS here.
         OSError
-            The connection broke.
+            The handshake failed, or the connection broke.
         """
         try:
             from ._fast import tls
@@ -58,7 +61,7 @@ class Sealing:
             self._context = tls.Context(*self._credentials.pem())
         connection = tls.Connection(self._context, sock.fileno(), server=server)
         try:
-            while (state := connection.handshake()) != tls.DONE:
+            while (state := _step(connection.handshake)) != tls.DONE:
                 await (_sockets.readable if state == tls.WANT_READ else _sockets.writable)(sock)
         except BaseException:
             connection.close()
@@ -84,7 +87,7 @@ class Wire:
         data = b""
         while len(data) < nbytes:
             try:
-                piece = self.tls.read(nbytes - len(data))
+                piece = _step(partial(self.tls.read, nbytes - len(data)))
             except BlockingIOError:
                 await _sockets.readable(self.sock)
                 continue
@@ -100,9 +103,17 @@ class Wire:
             return
         while data:
             try:
-                data = data[self.tls.write(data) :]
+                data = data[_step(partial(self.tls.write, data)) :]
             except BlockingIOError:
                 await _sockets.writable(self.sock)
+
+
+def _step(call: Callable[[], T]) -> T:
+    """Do something with a native connection; when it fails, the connection broke, and the backend may have another."""
+    try:
+        return call()
+    except BackendError as error:
+        raise OSError(str(error)) from error
 
 
 class Asked(NamedTuple):

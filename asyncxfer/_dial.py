@@ -93,6 +93,7 @@ class Dialler:
                 if connection is not None:
                     connection.close()
                 raise
+            _sockets.be_patient(sock)
             return Stream(sock.detach(), asked.number, connection)
 
     @asynccontextmanager

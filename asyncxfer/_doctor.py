@@ -22,6 +22,7 @@ import numpy as np
 from . import _plugins
 from ._config import Config
 from ._errors import BackendError, XferError
+from ._fast import tls
 from ._fast.link import permit_attach
 from ._sharing import allocate
 
@@ -30,6 +31,7 @@ __all__ = ["Finding", "examine", "main"]
 _OPTIONAL = {
     "uvloop": "a faster event loop: pip install 'asyncxfer[uvloop]'",
     "rich": "colour in `asyncxfer bench`: pip install 'asyncxfer[bench]'",
+    "cryptography": "PreSharedKey and `asyncxfer certs`: pip install 'asyncxfer[tls]'",
     "nixl": "the peer of `asyncxfer bench --peer nixl`: pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1",
 }
 
@@ -63,7 +65,15 @@ def _system() -> Iterator[Finding]:
     yield Finding("system", "asyncxfer", True, __version__)
     yield Finding("system", "python", True, f"{platform.python_version()} ({platform.python_implementation()})")
     yield Finding("system", "kernel", sys.platform == "linux", f"{platform.system()} {platform.release()}")
+    yield _tls()
     yield Finding("system", "cores", True, f"{len(os.sched_getaffinity(0))} for this process")
+
+
+def _tls() -> Finding:
+    try:
+        return Finding("system", "TLS", True, tls.available())
+    except BackendError as error:
+        return Finding("system", "TLS", False, str(error))
 
 
 def _memory() -> Iterator[Finding]:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Letters", "Received"]
 
-_WINDOW = 256 * 1024  # bytes on their way at a time: a receiver that is slow keeps them on this side
+# Bytes on their way at a time. A receiver that is slow leaves the rest on this side; and they fit into the kernel's
+# buffers, so that one that is stopped does not look to the kernel like a host that is gone.
+_WINDOW = 32 * 1024
 
 
 class _Kept(NamedTuple):

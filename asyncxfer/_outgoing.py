@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from ._control import answer_beat
 from ._errors import MetadataError, PeerLostError, TransferTimeout
+from ._fast.link import SLOTS
 from ._metadata import (
     AgentMetadata,
     Beat,
@@ -58,6 +59,7 @@ class Outgoing:
         self._ready: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._page_fd = -1
         self._early: list[tuple[RegionInfo, list[int]]] = []
+        self._regions: set[int] = set()
         self._on_region: Callable[[RegionInfo, list[int]], None] | None = None
         self._on_removed: Callable[[int], None] | None = None
         self._on_ack: Callable[[LetterAck], None] | None = None
@@ -159,6 +161,9 @@ class Outgoing:
     def _added(self, info: RegionInfo, fds: list[int]) -> None:
         if any(s.backing >= len(fds) for s in info.segments):
             raise MetadataError(f"region {info.name!r} names a descriptor that did not come with it")
+        self._regions.add(info.id)
+        if len(self._regions) > SLOTS:
+            raise MetadataError(f"it tells of more than {SLOTS:,} regions, the most there are")
         if self._on_region is None:
             self._early.append((info, list(fds)))
             fds.clear()
@@ -166,6 +171,7 @@ class Outgoing:
             self._on_region(info, fds)
 
     def _removed(self, id: int) -> None:
+        self._regions.discard(id)
         if self._on_removed is not None:
             self._on_removed(id)
             return

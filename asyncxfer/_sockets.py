@@ -15,7 +15,7 @@ from typing import Any
 
 from ._address import Address
 
-__all__ = ["connect", "prepare", "read_exactly", "readable", "resolve", "writable", "write_all"]
+__all__ = ["be_patient", "connect", "prepare", "read_exactly", "readable", "resolve", "writable", "write_all"]
 
 
 async def readable(sock: socket.socket) -> None:
@@ -89,6 +89,11 @@ def prepare(sock: socket.socket, patience: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(patience * 1000)))
+
+
+def be_patient(sock: socket.socket) -> None:
+    """Let a peer that is stopped leave as much unread as it likes: whether its host is gone is found elsewhere."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
 
 
 async def resolve(address: Address) -> list[tuple[int, Any]]:

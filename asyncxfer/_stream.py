@@ -27,7 +27,7 @@ __all__ = ["AnyChannel", "StreamChannel", "Tls"]
 
 _BURST = 32  # frames a turn of the loop
 _READ = 65536
-_UNSENT = 8 << 20  # bytes that a peer may leave unread before it is let go
+_UNSENT = 64 << 20  # bytes that a peer may leave unread before it is let go; a thousand regions of the largest kind
 
 
 class Tls:

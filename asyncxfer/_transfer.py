@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ._errors import ChecksumError, ClosedError, ConfigError, DescriptorError, PeerLostError, TransferError, TransferTimeout
+from ._errors import (
+    ChecksumError,
+    ClosedError,
+    ConfigError,
+    DescriptorError,
+    PeerLostError,
+    TransferError,
+    TransferTimeout,
+)
 from ._fast import completion as _native
 from ._fast.completion import Completion, CompletionQueue
 from ._progress import Progress

@@ -159,7 +159,7 @@ class PeerInfo:
         What the peer's own backend of this kind returned from `Backend.address`.
     dial : callable or None
         Makes the connection of some index to the peer's backend of this name, or raises PeerLostError or
-        BackendError; None for peers of this host that did not come over the network.
+        BackendError; None for a peer that has no address on a network.
     """
 
     name: str
@@ -293,10 +293,10 @@ class Service(abc.ABC):
     def adopt(self, stream: Stream) -> None:
         """Serve requests that come over a connection of this initiator."""
 
-    def pause(self) -> None:
+    def pause(self) -> None:  # noqa: B027 - not every service tells notifications
         """Accept no further request until `resume`: notifications are not being read."""
 
-    def resume(self) -> None:
+    def resume(self) -> None:  # noqa: B027
         """Go on after `pause`."""
 
     @abc.abstractmethod

@@ -53,6 +53,8 @@ class EchoService(Service):
             data = sock.recv(65536) if stream.tls is None else stream.tls.read(65536)
         except BlockingIOError:
             return
+        except BackendError:
+            data = b""  # the other side has gone without a word
         if not data:
             asyncio.get_running_loop().remove_reader(sock)
             return

@@ -21,8 +21,8 @@ FAR = {"unix_socket": False, "handshake_timeout": 5.0}
 def far(
     name: str, *, listen: str | list[str] | None = LOCAL, config: dict[str, Any] | None = None, **more: Any
 ) -> Agent:
-    """An agent that others reach over TCP only."""
-    return Agent(name, listen=listen, config=FAR | (config or {}), **more)
+    """An agent that others reach over TCP only, without data connections unless backends are given."""
+    return Agent(name, listen=listen, config=FAR | (config or {}), **{"backends": ["local", "shm"], **more})
 
 
 def addresses(metadata: bytes) -> list[str]:

@@ -114,11 +114,9 @@ class Puppet:
     async def start(
         self, name: str, config: dict[str, Any] | None = None, *, credentials: Credentials | None = None, **options: Any
     ) -> bytes:
-        """Start an agent with `options` as `Agent` takes them; its metadata."""
-        if credentials is not None:
-            kind, *arguments = credentials
-            options["credentials"] = getattr(asyncxfer, kind)(*arguments)
-        self._agent = await Agent(name, config=config, **options).start()
+        """Start an agent; its metadata."""
+        made = None if credentials is None else getattr(asyncxfer, credentials[0])(*credentials[1:])
+        self._agent = await Agent(name, config=config, credentials=made, **options).start()
         return self._agent.metadata()
 
     async def region(

@@ -14,7 +14,6 @@ from asyncxfer import PreSharedKey
 from asyncxfer.abc import Backend
 from asyncxfer.testing import BackendContract, PeerProcess, Target
 
-
 SECRET = "a secret that only the tests know"
 
 

@@ -90,7 +90,9 @@ class Stage:
         options = {"chunk_bytes": 1 << 18, "slot": SLOT, "epoch": EPOCH, **options}
         return NetWork(self.group, pairs(rows), [self.near.ctypes.data], [0], put=put, link=self.link, **options)
 
-    def post(self, rows: Any, put: bool, *, note: bytes | None = None, timeout: float | None = None, **options: Any) -> Completion:
+    def post(
+        self, rows: Any, put: bool, *, note: bytes | None = None, timeout: float | None = None, **options: Any
+    ) -> Completion:
         work = self.work(rows, put, **options)
         transfer = Completion(self.queue, work.nbytes, put, self.link, note, timeout)
         initiator.submit(work, transfer)
@@ -106,7 +108,8 @@ class Stage:
             pass
 
     def notes(self, count: int, within: float = 5.0) -> list[tuple[str, bytes]]:
-        end, found = time.monotonic() + within, []
+        found: list[tuple[str, bytes]] = []
+        end = time.monotonic() + within
         while len(found) < count and time.monotonic() < end:
             found += [(chr(kind), text) for _, kind, text in self.mail.take()]
         return found
@@ -230,7 +233,6 @@ def test_peer_gone() -> None:
         s.group.fail()
         s.wait(t)
         assert t.status == native.STATUS_PEER_GONE
-
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
@@ -411,7 +413,9 @@ def test_heads_that_no_initiator_sends_end_the_connection(raw: tuple[Stage, Raw]
 
 def test_wrong_slots_and_epochs_reach_nothing(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
-    for op, (slot, epoch) in enumerate([(SLOT, EPOCH + 1), (SLOT + 1, EPOCH), (SLOT, 0), (2**32 - 1, 0), (16384, 1)], 1):
+    for op, (slot, epoch) in enumerate(
+        [(SLOT, EPOCH + 1), (SLOT + 1, EPOCH), (SLOT, 0), (2**32 - 1, 0), (16384, 1)], 1
+    ):
         peer.say(head(PUT, op=op, slot=slot, epoch=epoch), run(), b"\xff" * 64, bytes(8))
         assert peer.status() == native.STATUS_REVOKED
         peer.say(head(GET, op=op, slot=slot, epoch=epoch), run())
@@ -481,9 +485,12 @@ def test_noise_changes_nothing(data: st.DataObject) -> None:
                 )  # fmt: skip
                 runs = [
                     run(
-                        data.draw(wide), data.draw(wide), data.draw(st.integers(-(2**63), 2**63 - 1)),
-                        data.draw(edges), data.draw(st.integers(0, 1)),
-                    )  # fmt: skip
+                        data.draw(wide),
+                        data.draw(wide),
+                        data.draw(st.integers(-(2**63), 2**63 - 1)),
+                        data.draw(edges),
+                        data.draw(st.integers(0, 1)),
+                    )
                     for _ in range(data.draw(st.integers(0, 3)))
                 ]
                 peer.say(fields, *runs, data.draw(st.binary(max_size=200)))

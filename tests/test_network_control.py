@@ -213,6 +213,23 @@ async def test_an_initiator_that_was_killed_is_lost_after_a_while(cast: Cast) ->
             await expecting
 
 
+async def test_an_initiator_that_was_killed_is_lost_when_it_comes_back_as_another(cast: Cast) -> None:
+    async with far("b", config={"lost_after": 60.0}) as b, within():
+        first, second = cast.spawn(), cast.spawn()
+        await first.call("start", "there", FAR)
+        await first.call("connect", b.metadata())
+        events = b.events()
+        expecting = asyncio.ensure_future(b.expect(b"never", peer="there"))
+        first.kill()
+        await until_state(events, PeerState.SUSPECT, "there")
+        await second.call("start", "there", FAR)
+        await second.call("connect", b.metadata())
+        await until_state(events, PeerState.LOST, "there")
+        await until_state(events, PeerState.RESTARTED, "there")
+        with pytest.raises(PeerLostError, match=r"generation \d+ has taken its place"):
+            await expecting
+
+
 async def test_a_stopped_peer_is_suspect_until_it_is_heard_again(cast: Cast) -> None:
     other = cast.spawn()
     metadata = await other.call("start", "there", FAR, listen=LOCAL)
@@ -227,6 +244,22 @@ async def test_a_stopped_peer_is_suspect_until_it_is_heard_again(cast: Cast) -> 
         await until_state(events, PeerState.JOINED, "there")
         await sent
         await other.call("expect", b"while it was stopped")
+
+
+async def test_a_stopped_peer_with_much_to_read_is_not_taken_for_a_host_that_is_gone(cast: Cast) -> None:
+    other = cast.spawn()
+    metadata = await other.call("start", "there", FAR, listen=LOCAL)
+    async with far("a", config={"suspect_after": 0.2, "lost_after": 1.0}) as a, within():
+        peer = await a.connect(metadata)
+        first = a._live.peers._lines[peer].outgoing  # type: ignore[union-attr]
+        other.stop()
+        sent = [peer.notify(b"%03d" % n + bytes(10_000)) for n in range(100)]
+        await asyncio.sleep(3)  # several times what a host that is gone is given
+        assert peer.state is PeerState.SUSPECT
+        assert a._live.peers._lines[peer].outgoing is first  # type: ignore[union-attr]
+        other.resume()
+        await asyncio.gather(*sent)
+        assert a._live.peers._lines[peer].outgoing is first  # type: ignore[union-attr]
 
 
 # ---- grants -------------------------------------------------------------------------------------------------------

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 
 import pytest
 from lent import until
-from network import CONTROL, FAR, GO_ON, LOCAL, Raw, far, framed, port_of, until_state
+from network import CONTROL, FAR, GO_ON, LOCAL, Raw, far, framed, until_state
 from relay import Relay, relaying
 from stage import Cast, within
 
 from asyncxfer import Agent, PeerLostError, PeerState
 from asyncxfer._metadata import Hello, decode_frame, encode_frame
+from asyncxfer._stream import StreamChannel
 
 
 def behind(relay: Relay, **more: object) -> Agent:
@@ -159,23 +161,21 @@ async def test_a_resumption_replaces_a_connection_that_is_still_up() -> None:
 
 @pytest.mark.parametrize("what", ["again", "proof", "name", "session", "attempt"])
 async def test_a_resumption_without_proof_is_refused(what: str) -> None:
-    async with within(), far("a") as a, far("b") as b:
+    async with within(), relaying() as relay, far("a") as a, behind(relay) as b:
+        aim(relay, b)
         peer = await a.connect("b")
-        (line,) = a._live.peers._lines.values()  # type: ignore[union-attr]
         told: list[bytes] = []
-        send = type(line.outgoing.channel).send
+        send = StreamChannel.send
 
-        def watched(self: object, payload: bytes, fds: tuple[int, ...] = ()) -> None:
+        def watched(self: StreamChannel, payload: bytes, fds: Sequence[int] = ()) -> None:
             told.append(payload)
-            send(self, payload, fds)  # type: ignore[arg-type]
+            send(self, payload, fds)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(line.outgoing.channel), "send", watched)
-            first = line.outgoing
-            await line._resume()
-        a._live.peers._follow(peer, line)  # type: ignore[union-attr]
-        await until(lambda: first.channel.ended)
-        first.channel.release()
+            patch.setattr(StreamChannel, "send", watched)
+            events = a.events()
+            relay.cut()
+            await until_state(events, PeerState.JOINED)
         (hello,) = [f for f in map(decode_frame, told) if isinstance(f, Hello)]
         changes: dict[str, dict[str, object]] = {
             "again": {},
@@ -185,7 +185,7 @@ async def test_a_resumption_without_proof_is_refused(what: str) -> None:
             "attempt": {"attempt": hello.attempt + 1},
         }
         forged = Hello(**{name: getattr(hello, name) for name in hello.__struct_fields__} | changes[what])
-        with Raw(port_of(b.metadata())) as raw:
+        with Raw(relay.target) as raw:
             await raw.send(CONTROL + framed(encode_frame(forged)))
             answer = await raw.read()
         assert answer.startswith(GO_ON)

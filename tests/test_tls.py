@@ -129,6 +129,25 @@ def test_it_is_the_library_that_python_uses() -> None:
         assert tls.available() == ssl.OPENSSL_VERSION
 
 
+WITHOUT_SSL = """
+import sys
+sys.modules["_ssl"] = sys.modules["ssl"] = None
+from asyncxfer import BackendError
+from asyncxfer._fast import tls
+try:
+    print(tls.available())
+except BackendError as error:
+    print(error)
+"""
+
+
+def test_a_python_without_a_shared_libssl_takes_the_systems() -> None:
+    """As where Python has OpenSSL built in; and if there is none, that is said."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_SSL], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(("OpenSSL ", "TLS needs OpenSSL's libssl.so.3"))
+
+
 def test_both_sides_know_each_other(ends: Ends) -> None:
     server, client = connected(ends)
     assert server.peer_certificate() == THEIRS.der
@@ -281,8 +300,8 @@ def test_every_size_arrives_whole(ends: Ends, nbytes: int) -> None:
             end.read(1)
 
 
-def test_two_processes_threads_and_their_own_loops(ends: Ends) -> None:
-    """Both directions at once, one thread a side that does both."""
+def test_both_directions_at_once(ends: Ends) -> None:
+    """One thread a side, which reads and writes."""
     server, client = connected(ends)
     data = {server: os.urandom(8 * MIB), client: os.urandom(8 * MIB)}
     got: dict[Connection, bytearray] = {server: bytearray(), client: bytearray()}

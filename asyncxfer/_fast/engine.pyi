@@ -1,18 +1,20 @@
-from typing import final
-
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import disjoint_base
 
 from asyncxfer._fast.completion import Completion
 from asyncxfer._fast.link import Link
 
+__pyx_capi__: dict[str, object]  # what other Cython modules link to
+
 def acquire(threads: int) -> None: ...
 def release() -> None: ...
 def after_fork() -> None: ...
+def guard() -> None: ...
 def threads() -> int: ...
 def submit(work: Work, completion: Completion, priority: int = 0) -> None: ...
 
-@final
+@disjoint_base
 class Work:
     def __init__(
         self,

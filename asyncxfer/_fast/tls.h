@@ -2,7 +2,7 @@
  * connection's state.
  *
  * Included by tls.pyx alone, since the table is one per process. No header of OpenSSL is needed: what is declared here
- * is the same in 1.1.1, 3 and 4. A connection reads the socket in large pieces (OpenSSL's read-ahead) and sends several
+ * is the same in 1.1.1 and 3. A connection reads the socket in large pieces (OpenSSL's read-ahead) and sends several
  * records by one system call, from a buffer of its own; a socket's SIGPIPE is not raised. One thread at a time; nothing
  * here knows Python.
  */

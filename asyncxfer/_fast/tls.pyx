@@ -74,7 +74,8 @@ cdef void* find_library() except NULL:
         if library != NULL:
             return library
     with open("/proc/self/maps", "rb") as maps:
-        paths = dict.fromkeys(re.findall(rb"(/[^\n]*/libssl[^/\n]*\.so[^/\n]*)$", maps.read(), re.MULTILINE))
+        # As libssl-1f2e3d4c.so.3 where a wheel brings its own; libssl3.so is another library, of NSS.
+        paths = dict.fromkeys(re.findall(rb"(/[^\n]*/libssl(?:-\w+)?\.so[^/\n]*)$", maps.read(), re.MULTILINE))
     for path in paths:
         library = dlopen(path, RTLD_NOW | RTLD_NOLOAD)
         if library != NULL:
