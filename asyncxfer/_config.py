@@ -112,7 +112,8 @@ class Config:
     suspect_after : float, seconds
         How long a peer may be silent before its state is "suspect".
     lost_after : float, seconds
-        How long a peer on a network may stay unheard, once its connection broke, before its state is "lost".
+        How long a peer on a network may stay unheard, once its connection broke, before its state is "lost". Where the
+        connection was ended rather than timed out, `suspect_after` is enough if that is shorter, and the peer is to dial.
     unix_socket : bool
         Be reached, and reach agents of this host, over a Unix socket. Without it they talk over TCP.
     open_listener : bool

@@ -201,8 +201,13 @@ class Incoming:
             self._over(self._leaving or why)
             return
         loop, config = asyncio.get_running_loop(), self._acceptor.config
-        until = max(self.channel.heard + config.lost_after, loop.time() + config.handshake_timeout)
-        why = f"{why}, and it did not come back within {config.lost_after:g} s (configuration key lost_after)"
+        # An initiator that lives comes back at once where the connection was ended; where it timed out the network is to
+        # blame, and may take longer.
+        ended = isinstance(self.channel, StreamChannel) and self.channel.hung_up
+        patience = min(config.suspect_after, config.lost_after) if ended else config.lost_after
+        until = max(self.channel.heard + patience, loop.time() + config.handshake_timeout)
+        key = "suspect_after" if ended else "lost_after"
+        why = f"{why}, and it did not come back within {patience:g} s (configuration key {key})"
         self._patience = loop.call_at(until, self._over, why)
         self.channel.release()
         self._acceptor.events.on_connection()

@@ -139,6 +139,7 @@ class StreamChannel:
         self.sock = sock
         self.where = f"what answers at {_name(sock)}"
         self.offended = False
+        self.hung_up = False  # the other side, or what stands for it, has ended the connection: nothing timed out
         self._tls = tls
         self._loop = asyncio.get_running_loop()
         self.heard = self._loop.time()
@@ -201,9 +202,11 @@ class StreamChannel:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
+            self.hung_up = isinstance(error, ConnectionResetError)
             self._end(f"the connection broke: {error.strerror}")
             return
         if not data:
+            self.hung_up = True
             self._end("the connection was closed")
             return
         self.heard = self._loop.time()
