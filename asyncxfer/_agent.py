@@ -469,7 +469,7 @@ class Agent:
         offers = _offers(live, op, here, there)
         if checksum:
             unable = {name for name, backend in live.backends.items() if not backend.checksums}
-            offers = [(n, Offer(o.via, reason="computes no checksums") if n in unable else o) for n, o in offers]
+            offers = [(n, Offer(o.via, reason="does not compute checksums") if n in unable else o) for n, o in offers]
         taken = _chooser.choose(_chooser.weigh(op, rows, local.nbytes, offers, backend))
         remote_registration: Registration | RemoteRegistration
         peer, link, slot, epoch, endpoint = self.name, None, 0, 0, None
