@@ -555,7 +555,7 @@ class Agent:
         dict
             ``"sent"``: by peer, backend and direction what this agent moved (transfers, nbytes, failed, seconds);
             ``"served"``: by peer what connected initiators moved to and from this agent's regions; ``"in_flight"``,
-            ``"regions"``, ``"peers"``, ``"backends"``, ``"threads"``.
+            ``"regions"``, ``"peers"``, ``"backends"``; ``"threads"`` that copy and ``"network_threads"``, of the process.
         """
         live = self._started()
         sent: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
@@ -574,6 +574,7 @@ class Agent:
             "peers": len(live.peers),
             "backends": list(live.backends),
             "threads": engine.threads(),
+            "network_threads": poller.running(),
         }
 
 
