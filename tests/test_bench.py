@@ -409,7 +409,7 @@ def test_tables_of_many_systems(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_tables(capsys: pytest.CaptureFixture[str]) -> None:
     case = Case(Shape(300, 4096), "mapped", "put", 0)
     late = percentiles([0.001, 0.002])
-    _report.show(_report.stall_table([_loop.Stall(case, late, late, 10, 1.0, "")]))
+    _report.show(_report.stall_table([_loop.Stall(case, late, late, late, 10, 1.0, "")]))
     passes = [
         {"in_flight": 7, "seconds": 0.1, "memory": {"before": 0, "during": 9 << 20, "after": after << 20}}
         for after in (2, 3)

@@ -7,6 +7,7 @@ the memory that is not given back. Both check every byte at the end, and know on
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,12 @@ _PASSES = 4
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """How late the loop was with and without transfers, percentiles in seconds by name."""
+    """How late loops were, percentiles in seconds by name: the initiator's without and with transfers, the target's with."""
 
     case: Case
     idle: dict[str, float]
     moving: dict[str, float]
+    served: dict[str, float]
     transfers: int
     seconds: float
     problem: str
@@ -98,10 +100,13 @@ async def _stall_of(case: Case, pair: Pair, seconds: float, warmup: int) -> Stal
     message, within = case.to_message(), seconds + 60
     await pair.begin(case, warmup=warmup)
     idle = await pair.initiator.ask("idle", within=within, case=message, seconds=seconds)
-    moving = await pair.initiator.ask("stall", within=within, case=message, seconds=seconds)
+    moving, served = await asyncio.gather(
+        pair.initiator.ask("stall", within=within, case=message, seconds=seconds),
+        pair.target.ask("idle", within=within, case=message, seconds=seconds),
+    )
     problem = await pair.finish(case)
     transfers, took = moving["transfers"], moving["seconds"]
-    return Stall(case, idle["lateness"], moving["lateness"], transfers, took, problem)
+    return Stall(case, idle["lateness"], moving["lateness"], served["lateness"], transfers, took, problem)
 
 
 async def flood(options: Options, report: Callable[[str], None], *, transfers: int) -> list[Flood]:
