@@ -113,7 +113,7 @@ class Config:
         How long a peer may be silent before its state is "suspect".
     lost_after : float, seconds
         How long a peer on a network may stay unheard, once its connection broke, before its state is "lost". Where the
-        connection was ended rather than timed out, `suspect_after` is enough if that is shorter, and the peer is to dial.
+        connection was ended, not timed out, and the peer is to dial, `suspect_after` is enough if that is shorter.
     unix_socket : bool
         Be reached, and reach agents of this host, over a Unix socket. Without it they talk over TCP.
     open_listener : bool

@@ -201,8 +201,8 @@ class Incoming:
             self._over(self._leaving or why)
             return
         loop, config = asyncio.get_running_loop(), self._acceptor.config
-        # An initiator that lives comes back at once where the connection was ended; where it timed out the network is to
-        # blame, and may take longer.
+        # An initiator that lives comes back at once where the connection was ended; where it timed out the network is
+        # to blame, and may take longer.
         ended = isinstance(self.channel, StreamChannel) and self.channel.hung_up
         patience = min(config.suspect_after, config.lost_after) if ended else config.lost_after
         until = max(self.channel.heard + patience, loop.time() + config.handshake_timeout)

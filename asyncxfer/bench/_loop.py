@@ -34,7 +34,7 @@ _PASSES = 4
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """How late loops were, percentiles in seconds by name: the initiator's without and with transfers, the target's with."""
+    """How late loops were, percentiles in seconds by name: the initiator's idle and moving, the target's meanwhile."""
 
     case: Case
     idle: dict[str, float]
