@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +20,7 @@ from native import pairs
 
 from asyncxfer import PreSharedKey
 from asyncxfer._fast import completion as native
-from asyncxfer._fast import initiator, poller
+from asyncxfer._fast import engine, initiator, poller
 from asyncxfer._fast.completion import Completion, CompletionQueue
 from asyncxfer._fast.initiator import Group, NetWork
 from asyncxfer._fast.link import GatePage, Link
@@ -501,3 +503,61 @@ def test_noise_changes_nothing(data: st.DataObject) -> None:
         s.session.close()
         assert not s.far[:4096].any()
         assert not s.far[4096 + 8192 :].any()
+
+
+# ---- what an initiator makes of answers that no target of ours gives, and of memory that is not there ----------------
+
+
+class Liar:
+    """The other end of a group's only connection, which answers what a test likes."""
+
+    def __init__(self, s: Stage) -> None:
+        near, far = socket_pair()
+        far.setblocking(True)
+        far.settimeout(5)
+        s.group.attach(0, near.detach())
+        self.sock = far
+
+    def asked(self) -> tuple[int, int]:
+        """The number and the chunk of the next request, whose runs are left unread."""
+        fields = HEAD.unpack(self.sock.recv(HEAD.size, socket.MSG_WAITALL))
+        return int(fields[4]), int(fields[6])
+
+    def answer(self, kind: int, op: int, chunk: int, status: int, *, nbytes: int = 0, payload: bytes = b"") -> None:
+        self.sock.sendall(HEAD.pack(MAGIC, kind, 0, status, op, 0, chunk, 1, 0, 0, 0, 0, nbytes, 0, 0) + payload)
+
+
+@pytest.mark.parametrize("put", [True, False])
+def test_a_mismatch_of_what_was_not_checked_is_a_failure(put: bool) -> None:
+    with stage(streams=1, nbytes=1 << 16) as s:
+        liar = Liar(s)
+        with liar.sock:
+            transfer = s.post([(0, 0, 64, 0, 0, 1)], put)
+            liar.answer(DONE if put else DATA, *liar.asked(), native.STATUS_MISMATCH)
+            s.wait(transfer)
+            assert transfer.status == native.STATUS_FAILED
+
+
+@pytest.mark.parametrize("put", [True, False])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_memory_that_is_not_there_is_a_fault(put: bool, tls: bool) -> None:
+    engine.guard()
+    with stage(streams=1, tls=tls) as s:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(1 << 20)
+            with mmap.mmap(file.fileno(), 1 << 20) as short:
+                array = np.frombuffer(short, np.uint8)
+                address = array.ctypes.data
+                file.truncate(0)
+                rows = pairs([(0, 0, 1 << 20, 0, 0, 1)])
+                options = {"put": put, "link": s.link, "slot": SLOT, "epoch": EPOCH}
+                work = NetWork(s.group, rows, [address], [0], chunk_bytes=1 << 18, **options)
+                for _ in range(3):
+                    transfer = Completion(s.queue, work.nbytes, put, s.link, None, None)
+                    initiator.submit(work, transfer)
+                    s.wait(transfer)
+                    assert transfer.status == native.STATUS_FAULT
+                del array
+        after = s.post([(0, 0, 64, 0, 0, 1)], put)
+        s.wait(after)
+        assert after.status == native.STATUS_OK
