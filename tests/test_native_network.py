@@ -437,6 +437,24 @@ def test_directions_that_were_not_granted_are_denied(raw: tuple[Stage, Raw]) -> 
     assert (s.far == 1).all()
 
 
+def test_a_region_that_is_told_again_is_served_on(raw: tuple[Stage, Raw]) -> None:
+    """As after a control connection was made again, with a put under way."""
+    s, peer = raw
+    peer.say(head(PUT), run(), b"\xff" * 32)
+    while not s.far[31] == 255:
+        time.sleep(0.001)
+    bases, sizes = [s.far.ctypes.data], [s.far.nbytes]
+    elsewhere = np.zeros(1 << 16, np.uint8)
+    for _ in range(64):
+        s.session.open(SLOT, EPOCH, bases, sizes, readable=True, writable=True)
+        for slot in range(SLOT + 1, SLOT + 65):  # whoever gets the memory of a table that was let go
+            s.session.open(slot, EPOCH, [elsewhere.ctypes.data], sizes, readable=True, writable=True)
+    peer.say(b"\xff" * 32, bytes(8))
+    assert peer.status() == 0
+    assert (s.far[:64] == 255).all()
+    assert not elsewhere.any()
+
+
 def test_a_put_that_comes_twice_notifies_once(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
     for _ in range(2):

@@ -576,7 +576,13 @@ cdef class Session:
     cdef void place(self, uint32_t slot, region_t* region):
         cdef region_t* old
         pthread_mutex_lock(&self.z.lock)
-        old, self.z.regions[slot] = self.z.regions[slot], region
+        old = self.z.regions[slot]
+        if old != NULL and region != NULL and old.epoch == region.epoch:
+            # The same region, with another access perhaps: who is inside its gate goes on with the table that there is.
+            old.readable, old.writable = region.readable, region.writable
+            old = region
+        else:
+            self.z.regions[slot] = region
         pthread_mutex_unlock(&self.z.lock)
         free(old)
 
