@@ -396,11 +396,34 @@ def test_runs_that_do_not_come_to_the_payload_are_denied(raw: tuple[Stage, Raw],
     assert (s.far == 1).all()
 
 
+def test_a_request_has_no_more_rows_than_one_thread_should_spend_time_on(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    peer.say(head(GET, flags=1, nbytes=1024), run(length=1, stride=0, count=1024))
+    assert peer.status() == 0
+    peer.hear(1024 + 8)
+    peer.say(head(GET, op=2, flags=1, nbytes=1025), run(length=1, stride=0, count=1025))
+    assert peer.status() == native.STATUS_DENIED
+    peer.say(head(GET, op=3, runs=2, nbytes=1025), run(length=1, stride=0, count=1024), run(length=1))
+    assert peer.status() == native.STATUS_DENIED
+
+
+def test_a_direction_that_is_taken_back_ends_what_had_begun(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    peer.say(head(PUT), run(), b"\xff" * 32)
+    while not s.far[31] == 255:
+        time.sleep(0.001)
+    s.session.open(SLOT, EPOCH, [s.far.ctypes.data], [s.far.nbytes], readable=True, writable=False)
+    peer.say(b"\xff" * 32, bytes(8))
+    assert peer.status() == native.STATUS_DENIED
+    assert (s.far[32:] == 1).all()
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         head(PUT, magic=MAGIC + 1), head(0), head(DONE), head(DATA), head(77), head(PUT, op=0),
         head(PUT, runs=0), head(PUT, runs=1025), head(PUT, nbytes=0), head(PUT, nbytes=1 << 40),
+        head(GET, flags=1, nbytes=(16 << 20) + 1),
         head(PUT, chunk=1, chunks=1), head(PUT, chunks=2**32 - 1), head(PUT, tag=8), head(PUT, flags=4, tag=40_000),
         head(PUT, settled=2), head(NOTE, runs=1, nbytes=0, flags=4), head(NOTE, runs=0, nbytes=64, flags=4),
         head(NOTE, runs=0, nbytes=0),

@@ -101,6 +101,17 @@ cdef region_t* find(session_t* z, const axf_head* h) noexcept nogil:
     return region if region != NULL and region.epoch == h.epoch else NULL
 
 
+cdef bint granted(session_t* z, const axf_head* h, bint put) noexcept nogil:
+    """Whether this direction is still open to the initiator; what had begun ends where it is taken back."""
+    cdef region_t* region
+    cdef bint yes
+    pthread_mutex_lock(&z.lock)
+    region = find(z, h)
+    yes = region != NULL and (region.writable if put else region.readable)
+    pthread_mutex_unlock(&z.lock)
+    return yes
+
+
 cdef int examine(session_t* z, const axf_head* h, const axf_run* runs, const uint64_t** bases) noexcept nogil:
     """Whether a request may be carried out: a status. Gives where the segments begin."""
     cdef region_t* region
@@ -214,7 +225,7 @@ cdef bint sound(const axf_head* h) noexcept nogil:
         return h.runs == 0 and h.nbytes == 0 and h.flags & AXF_TOLD
     if h.kind != AXF_PUT and h.kind != AXF_GET:
         return False
-    return 0 < h.runs <= AXF_MAX_RUNS and 0 < h.nbytes < <uint64_t>1 << 31 and h.chunk < h.chunks
+    return 0 < h.runs <= AXF_MAX_RUNS and 0 < h.nbytes <= AXF_MAX_PAYLOAD and h.chunk < h.chunks
 
 
 cdef int begin(seat_t* t) noexcept nogil:
@@ -263,6 +274,9 @@ cdef ssize_t land(seat_t* t) noexcept nogil:
         gate = axf_gate_at(z.page, t.head.slot)
         if not axf_gate_enter(gate, t.head.epoch):
             t.status = REVOKED
+        elif not granted(z, &t.head, True):
+            axf_gate_leave(gate)
+            t.status = DENIED
         elif axf_socket_reset(t.stream.fd):
             axf_gate_leave(gate)
             return OVER
@@ -428,6 +442,10 @@ cdef ssize_t send_some(seat_t* t) noexcept nogil:
     gate = axf_gate_at(t.session.page, t.sending.head.slot)
     if not axf_gate_enter(gate, t.sending.head.epoch):
         o.padding, o.tail.status = 1, REVOKED
+        return output_step(t.stream, o)
+    if not granted(t.session, &t.sending.head, False):
+        axf_gate_leave(gate)
+        o.padding, o.tail.status = 1, DENIED
         return output_step(t.stream, o)
     sent = output_step(t.stream, o)
     axf_gate_leave(gate)
