@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import select
 import socket
 import struct
 import tempfile
@@ -507,6 +508,39 @@ def test_a_wrong_checksum_is_told_and_not_notified(raw: tuple[Stage, Raw]) -> No
     peer.say(head(PUT, flags=5, tag=3), run(), b"tag", payload, struct.pack("<II", 0, crc32c(payload)))
     assert peer.status() == 0
     assert s.notes(1) == [("N", b"tag")]
+
+
+def test_messages_that_were_too_many_do_not_end_a_pause(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    sent = 0
+    while not s.session.waits:
+        sent += 1
+        peer.say(head(NOTE, op=sent, settled=sent, runs=0, nbytes=0, flags=4, tag=32768), bytes(32768))
+    s.session.hold()
+    held = s.mail.take(5)
+    assert len(held) == 5
+    peer.say(head(NOTE, op=sent + 1, settled=sent + 1, runs=0, nbytes=0, flags=4))
+    s.session.read_on()
+    held += s.mail.take()
+    time.sleep(0.02)
+    held += s.mail.take()
+    before = len(held)
+    assert before <= sent
+    s.session.go_on()
+    assert len(s.notes(sent + 1 - before)) == sent + 1 - before
+
+
+def test_messages_are_taken_in_order_and_in_part(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    for op in range(1, 101):
+        peer.say(head(NOTE, op=op, settled=op, runs=0, nbytes=0, flags=4, tag=2), b"%02d" % (op - 1))
+        peer.status()
+    found = []
+    while select.select([s.mail.fileno()], [], [], 0)[0]:
+        some = s.mail.take(7)
+        assert 0 < len(some) <= 7
+        found += [text for _, _, text in some]
+    assert found == [b"%02d" % n for n in range(100)]
 
 
 @settings(deadline=None, max_examples=60)

@@ -339,7 +339,8 @@ cdef int receive(seat_t* t) noexcept nogil:
                 return IDLE             # until `Session.go_on`
             if axf_load64(&z.mailbox.nbytes) > z.mailbox.limit:
                 axf_store(&z.over, 1)
-                return IDLE
+                if axf_load64(&z.mailbox.nbytes) > z.mailbox.limit:
+                    return IDLE         # until `Session.read_on`; whoever takes messages looks at `over` behind that
             rc = input_part(s, &t.inp, &t.head, sizeof(axf_head))
             if rc <= 0:
                 return IDLE if rc == AGAIN else BROKEN
@@ -642,8 +643,12 @@ cdef class Session:
         axf_store(&self.z.held, 1)
 
     def go_on(self) -> None:
-        """Read again, after `hold`, or after messages have been taken that were too many."""
+        """Read again, after `hold`."""
         axf_store(&self.z.held, 0)
+        self.read_on()
+
+    def read_on(self) -> None:
+        """Read again, unless it is held, after messages have been taken that were too many."""
         axf_store(&self.z.over, 0)
         for address, _ in self.seats.values():
             stream_attend((<seat_t*><uintptr_t>address).stream)

@@ -188,18 +188,15 @@ class TcpBackend(Backend):
         self._readers.pop(number, None)
 
     def _take(self) -> None:
-        if not self._waiting:
-            self._waiting.extend(self.mailbox.take())
-            for session in self.sessions:
-                if session.waits:
-                    session.go_on()
-        for _ in range(min(_BURST, len(self._waiting))):
+        self._waiting.extend(self.mailbox.take(_BURST))
+        for session in self.sessions:
+            if session.waits:
+                session.read_on()
+        while self._waiting:
             owner, kind, text = self._waiting.popleft()
             reader = self._readers.get(owner)
             if reader is not None:
                 reader(kind, text)
-        if self._waiting and self._loop is not None:
-            self._loop.call_soon(self._take)
 
     # -- what core asks for
 
