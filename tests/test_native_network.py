@@ -543,6 +543,17 @@ def test_messages_are_taken_in_order_and_in_part(raw: tuple[Stage, Raw]) -> None
     assert found == [b"%02d" % n for n in range(100)]
 
 
+def test_an_initiator_has_sixteen_connections_and_no_more() -> None:
+    with stage(streams=1, nbytes=1 << 16) as s:
+        near, far = socket_pair()
+        with near, far:
+            for index in (-1, 16, 65535):
+                with pytest.raises(IndexError, match="0 to 15"):
+                    s.session.adopt(index, far.fileno())
+            assert far.fileno() >= 0
+            far.getpeername()
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_noise_changes_nothing(data: st.DataObject) -> None:

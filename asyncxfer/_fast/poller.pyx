@@ -33,7 +33,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
     int epoll_wait(int epfd, epoll_event* events, int n, int timeout)
-    enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLHUP, EPOLLERR, EPOLLET
+    enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLHUP, EPOLLERR, EPOLLET
 
 cdef extern from *:
     """
@@ -103,6 +103,8 @@ cdef void end(thread_t* t, stream_t* s) noexcept nogil:
     pthread_mutex_lock(&s.lock)         # nobody writes to the number any more
     axf_store(&s.closing, 1)
     if s.fd >= 0:
+        if s.watched:                   # a child that has just been forked may hold the socket open, and so its events
+            epoll_ctl(t.epoll, EPOLL_CTL_DEL, s.fd, NULL)
         axf_socket_abort(s.fd)
         s.fd = -1
     pthread_mutex_unlock(&s.lock)

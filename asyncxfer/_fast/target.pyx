@@ -31,6 +31,7 @@ cdef enum:
     BUCKETS = 256
     MAX_RECORDS = 65536
     MAX_RECORD_BYTES = 64 << 20
+    MAX_SEATS = 16              # connections of one initiator
     MAX_REPLIES = 2048          # beyond, nothing is read before some have gone
     SHARE = 4 << 20             # bytes of a connection's turn
     HEADS = 64                  # answers without payload that go together
@@ -527,6 +528,13 @@ def live() -> int:
     return _live
 
 
+cdef void unseat(seat_t* t) noexcept:
+    input_close(&t.inp)
+    output_close(&t.out)
+    free(t.body)
+    free(t)
+
+
 cdef class Session:
     """One initiator, as it is served.
 
@@ -606,17 +614,22 @@ cdef class Session:
         free(old)
 
     def adopt(self, int index, int fd, Connection tls=None) -> None:
-        """Serve a connection, which is the session's from now on; the one of the same index ends first."""
+        """Serve a connection, which is the session's once this returns; the one of the same index ends first."""
         cdef seat_t* t
         cdef stream_t* s
+        if not 0 <= index < MAX_SEATS:
+            raise IndexError(f"connection {index}; expected an index from 0 to {MAX_SEATS - 1}")
         self.leave(index)
         t = <seat_t*>calloc(1, sizeof(seat_t))
-        s = stream_new(fd, NULL if tls is None else tls.ssl, index)
-        if t == NULL or s == NULL:
+        if t == NULL:
             raise MemoryError("no memory for a connection")
+        s = stream_new(fd, NULL if tls is None else tls.ssl, index)
         t.session, t.stream, t.last = self.z, s, &t.first
         t.body = <char*>malloc(AXF_MAX_RUNS * sizeof(axf_run) + AXF_MAX_TAG)
-        if t.body == NULL or input_open(&t.inp) != 0 or output_open(&t.out, OUT_ROOM) != 0:
+        if s == NULL or t.body == NULL or input_open(&t.inp) != 0 or output_open(&t.out, OUT_ROOM) != 0:
+            if s != NULL:
+                stream_free(s)
+            unseat(t)
             raise MemoryError("no memory for a connection")
         s.owner, s.io, s.serve, s.ended = self.z, t, serve, ended
         self.seats[index] = (<uintptr_t>t, tls)
@@ -633,10 +646,7 @@ cdef class Session:
             stream_close(t.stream)
             stream_wait(t.stream)
         stream_free(t.stream)
-        input_close(&t.inp)
-        output_close(&t.out)
-        free(t.body)
-        free(t)
+        unseat(t)
 
     def hold(self) -> None:
         """Read nothing more for now; what has begun is finished."""

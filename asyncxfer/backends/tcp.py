@@ -50,6 +50,7 @@ __all__ = ["TcpBackend"]
 
 _MAX_ROWS = 1024  # of a request, as the wire has it
 _MAX_CHUNK = 16 << 20
+_MAX_STREAMS = 16  # to one peer, as `Config.tcp_streams` has it
 _BURST = 32  # messages a turn of the loop
 _FIRST_DELAY, _LONGEST_DELAY = 0.01, 1.0  # seconds between attempts to replace a connection
 
@@ -74,7 +75,11 @@ class _Endpoint(Endpoint):
 
     async def _attach(self, index: int) -> None:
         stream = await self._dial(index)
-        self.group.attach(stream.index, stream.fd, stream.tls)
+        try:
+            self.group.attach(index, stream.fd, stream.tls)
+        except BaseException:
+            os.close(stream.fd)
+            raise
 
     def _on_message(self, kind: int, text: bytes) -> None:
         if kind == initiator.LOST and self._info.link.alive:
@@ -127,7 +132,15 @@ class _Service(Service):
         self._keep.pop(slot, None)
 
     def adopt(self, stream: Stream) -> None:
-        """Serve a connection."""
+        """Serve a connection.
+
+        Raises
+        ------
+        BackendError
+            There are no more than 16, and this is another.
+        """
+        if stream.index >= _MAX_STREAMS:
+            raise BackendError(f"connection {stream.index}; an initiator makes {_MAX_STREAMS} at most")
         self.session.adopt(stream.index, stream.fd, stream.tls)
 
     def pause(self) -> None:
