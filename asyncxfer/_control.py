@@ -378,7 +378,13 @@ class Acceptor:
                 connection.close()
             raise
         _sockets.be_patient(sock)
-        service.adopt(Stream(sock.detach(), asked.number, connection))
+        try:
+            service.adopt(Stream(sock.fileno(), asked.number, connection))
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            raise
+        sock.detach()
 
     def _service(self, asked: Asked) -> Service:
         incoming = self._sessions.get(asked.session)

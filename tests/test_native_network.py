@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import select
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +21,7 @@ from native import pairs
 
 from asyncxfer import PreSharedKey
 from asyncxfer._fast import completion as native
-from asyncxfer._fast import initiator, poller
+from asyncxfer._fast import engine, initiator, poller
 from asyncxfer._fast.completion import Completion, CompletionQueue
 from asyncxfer._fast.initiator import Group, NetWork
 from asyncxfer._fast.link import GatePage, Link
@@ -394,11 +397,34 @@ def test_runs_that_do_not_come_to_the_payload_are_denied(raw: tuple[Stage, Raw],
     assert (s.far == 1).all()
 
 
+def test_a_request_has_no_more_rows_than_one_thread_should_spend_time_on(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    peer.say(head(GET, flags=1, nbytes=1024), run(length=1, stride=0, count=1024))
+    assert peer.status() == 0
+    peer.hear(1024 + 8)
+    peer.say(head(GET, op=2, flags=1, nbytes=1025), run(length=1, stride=0, count=1025))
+    assert peer.status() == native.STATUS_DENIED
+    peer.say(head(GET, op=3, runs=2, nbytes=1025), run(length=1, stride=0, count=1024), run(length=1))
+    assert peer.status() == native.STATUS_DENIED
+
+
+def test_a_direction_that_is_taken_back_ends_what_had_begun(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    peer.say(head(PUT), run(), b"\xff" * 32)
+    while not s.far[31] == 255:
+        time.sleep(0.001)
+    s.session.open(SLOT, EPOCH, [s.far.ctypes.data], [s.far.nbytes], readable=True, writable=False)
+    peer.say(b"\xff" * 32, bytes(8))
+    assert peer.status() == native.STATUS_DENIED
+    assert (s.far[32:] == 1).all()
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         head(PUT, magic=MAGIC + 1), head(0), head(DONE), head(DATA), head(77), head(PUT, op=0),
         head(PUT, runs=0), head(PUT, runs=1025), head(PUT, nbytes=0), head(PUT, nbytes=1 << 40),
+        head(GET, flags=1, nbytes=(16 << 20) + 1),
         head(PUT, chunk=1, chunks=1), head(PUT, chunks=2**32 - 1), head(PUT, tag=8), head(PUT, flags=4, tag=40_000),
         head(PUT, settled=2), head(NOTE, runs=1, nbytes=0, flags=4), head(NOTE, runs=0, nbytes=64, flags=4),
         head(NOTE, runs=0, nbytes=0),
@@ -435,6 +461,24 @@ def test_directions_that_were_not_granted_are_denied(raw: tuple[Stage, Raw]) -> 
     assert (s.far == 1).all()
 
 
+def test_a_region_that_is_told_again_is_served_on(raw: tuple[Stage, Raw]) -> None:
+    """As after a control connection was made again, with a put under way."""
+    s, peer = raw
+    peer.say(head(PUT), run(), b"\xff" * 32)
+    while not s.far[31] == 255:
+        time.sleep(0.001)
+    bases, sizes = [s.far.ctypes.data], [s.far.nbytes]
+    elsewhere = np.zeros(1 << 16, np.uint8)
+    for _ in range(64):
+        s.session.open(SLOT, EPOCH, bases, sizes, readable=True, writable=True)
+        for slot in range(SLOT + 1, SLOT + 65):  # whoever gets the memory of a table that was let go
+            s.session.open(slot, EPOCH, [elsewhere.ctypes.data], sizes, readable=True, writable=True)
+    peer.say(b"\xff" * 32, bytes(8))
+    assert peer.status() == 0
+    assert (s.far[:64] == 255).all()
+    assert not elsewhere.any()
+
+
 def test_a_put_that_comes_twice_notifies_once(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
     for _ in range(2):
@@ -464,6 +508,50 @@ def test_a_wrong_checksum_is_told_and_not_notified(raw: tuple[Stage, Raw]) -> No
     peer.say(head(PUT, flags=5, tag=3), run(), b"tag", payload, struct.pack("<II", 0, crc32c(payload)))
     assert peer.status() == 0
     assert s.notes(1) == [("N", b"tag")]
+
+
+def test_messages_that_were_too_many_do_not_end_a_pause(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    sent = 0
+    while not s.session.waits:
+        sent += 1
+        peer.say(head(NOTE, op=sent, settled=sent, runs=0, nbytes=0, flags=4, tag=32768), bytes(32768))
+    s.session.hold()
+    held = s.mail.take(5)
+    assert len(held) == 5
+    peer.say(head(NOTE, op=sent + 1, settled=sent + 1, runs=0, nbytes=0, flags=4))
+    s.session.read_on()
+    held += s.mail.take()
+    time.sleep(0.02)
+    held += s.mail.take()
+    before = len(held)
+    assert before <= sent
+    s.session.go_on()
+    assert len(s.notes(sent + 1 - before)) == sent + 1 - before
+
+
+def test_messages_are_taken_in_order_and_in_part(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    for op in range(1, 101):
+        peer.say(head(NOTE, op=op, settled=op, runs=0, nbytes=0, flags=4, tag=2), b"%02d" % (op - 1))
+        peer.status()
+    found = []
+    while select.select([s.mail.fileno()], [], [], 0)[0]:
+        some = s.mail.take(7)
+        assert 0 < len(some) <= 7
+        found += [text for _, _, text in some]
+    assert found == [b"%02d" % n for n in range(100)]
+
+
+def test_an_initiator_has_sixteen_connections_and_no_more() -> None:
+    with stage(streams=1, nbytes=1 << 16) as s:
+        near, far = socket_pair()
+        with near, far:
+            for index in (-1, 16, 65535):
+                with pytest.raises(IndexError, match="0 to 15"):
+                    s.session.adopt(index, far.fileno())
+            assert far.fileno() >= 0
+            far.getpeername()
 
 
 @settings(deadline=None, max_examples=60)
@@ -501,3 +589,61 @@ def test_noise_changes_nothing(data: st.DataObject) -> None:
         s.session.close()
         assert not s.far[:4096].any()
         assert not s.far[4096 + 8192 :].any()
+
+
+# ---- what an initiator makes of answers that no target of ours gives, and of memory that is not there ----------------
+
+
+class Liar:
+    """The other end of a group's only connection, which answers what a test likes."""
+
+    def __init__(self, s: Stage) -> None:
+        near, far = socket_pair()
+        far.setblocking(True)
+        far.settimeout(5)
+        s.group.attach(0, near.detach())
+        self.sock = far
+
+    def asked(self) -> tuple[int, int]:
+        """The number and the chunk of the next request, whose runs are left unread."""
+        fields = HEAD.unpack(self.sock.recv(HEAD.size, socket.MSG_WAITALL))
+        return int(fields[4]), int(fields[6])
+
+    def answer(self, kind: int, op: int, chunk: int, status: int, *, nbytes: int = 0, payload: bytes = b"") -> None:
+        self.sock.sendall(HEAD.pack(MAGIC, kind, 0, status, op, 0, chunk, 1, 0, 0, 0, 0, nbytes, 0, 0) + payload)
+
+
+@pytest.mark.parametrize("put", [True, False])
+def test_a_mismatch_of_what_was_not_checked_is_a_failure(put: bool) -> None:
+    with stage(streams=1, nbytes=1 << 16) as s:
+        liar = Liar(s)
+        with liar.sock:
+            transfer = s.post([(0, 0, 64, 0, 0, 1)], put)
+            liar.answer(DONE if put else DATA, *liar.asked(), native.STATUS_MISMATCH)
+            s.wait(transfer)
+            assert transfer.status == native.STATUS_FAILED
+
+
+@pytest.mark.parametrize("put", [True, False])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_memory_that_is_not_there_is_a_fault(put: bool, tls: bool) -> None:
+    engine.guard()
+    with stage(streams=1, tls=tls) as s:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(1 << 20)
+            with mmap.mmap(file.fileno(), 1 << 20) as short:
+                array = np.frombuffer(short, np.uint8)
+                address = array.ctypes.data
+                file.truncate(0)
+                rows = pairs([(0, 0, 1 << 20, 0, 0, 1)])
+                options = {"put": put, "link": s.link, "slot": SLOT, "epoch": EPOCH}
+                work = NetWork(s.group, rows, [address], [0], chunk_bytes=1 << 18, **options)
+                for _ in range(3):
+                    transfer = Completion(s.queue, work.nbytes, put, s.link, None, None)
+                    initiator.submit(work, transfer)
+                    s.wait(transfer)
+                    assert transfer.status == native.STATUS_FAULT
+                del array
+        after = s.post([(0, 0, 64, 0, 0, 1)], put)
+        s.wait(after)
+        assert after.status == native.STATUS_OK

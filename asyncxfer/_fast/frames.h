@@ -20,7 +20,8 @@
 #endif
 
 #define AXF_FRAME_MAGIC 0x31445841u /* "AXD1" */
-#define AXF_MAX_RUNS 1024
+#define AXF_MAX_RUNS 1024       /* of a request, and rows in all of them */
+#define AXF_MAX_PAYLOAD (16u << 20) /* of a request: so long may one keep its thread with a checksum */
 #define AXF_MAX_TAG (32 * 1024)
 #define AXF_MAX_CHUNKS (1u << 24)
 #define AXF_NOTE_CHUNK 0xffffffffu /* stands for the notification of a transfer, where it goes alone */
@@ -62,12 +63,14 @@ _Static_assert(sizeof(axf_head) == 64 && sizeof(axf_run) == 32 && sizeof(axf_tai
 
 /* ---- runs ----------------------------------------------------------------------------------------------------- */
 
-/* Whether runs lie in their segments and come to `nbytes`. */
+/* Whether runs lie in their segments, come to `nbytes`, and are of no more rows than a request may have. */
 static inline int axf_runs_fit(const axf_run *runs, uint32_t n, uint64_t nbytes, const uint64_t *sizes, uint32_t segments) {
     uint64_t total = 0;
+    uint32_t rows = 0;
     for (uint32_t i = 0; i < n; ++i) {
         const axf_run *r = runs + i;
-        if (r->segment >= segments || r->count == 0 || r->length == 0) return 0;
+        if (r->segment >= segments || r->count == 0 || r->length == 0 || r->count > AXF_MAX_RUNS - rows) return 0;
+        rows += r->count;
         uint64_t size = sizes[r->segment];
         if (r->length > size || r->offset > size - r->length) return 0;
         __int128 last = (__int128)r->offset + (__int128)r->stride * (r->count - 1);

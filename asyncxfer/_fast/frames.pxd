@@ -9,6 +9,7 @@ cdef extern from "frames.h" nogil:
     enum:
         AXF_FRAME_MAGIC
         AXF_MAX_RUNS
+        AXF_MAX_PAYLOAD
         AXF_MAX_TAG
         AXF_MAX_CHUNKS
         AXF_NOTE_CHUNK

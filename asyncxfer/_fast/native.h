@@ -45,7 +45,7 @@ static inline uint64_t axf_load64(const uint64_t *p) { return __atomic_load_n(p,
 static inline int axf_claim64(uint64_t *p, uint64_t from, uint64_t to) {
     return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
-static inline void axf_add64(uint64_t *p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+static inline void axf_add64(uint64_t *p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 
 /* A stack that many threads push to and one takes whole: `head` is the stack, `node` the first word of the item.
  * Returns 1 when it was empty, so that exactly one pusher wakes the consumer. */

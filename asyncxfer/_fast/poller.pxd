@@ -77,3 +77,4 @@ cdef int mail(mailbox_t* box, uint64_t owner, int kind, const void* text, uint32
 
 cdef class Mailbox:
     cdef mailbox_t box
+    cdef message_t* backlog

@@ -33,7 +33,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
     int epoll_wait(int epfd, epoll_event* events, int n, int timeout)
-    enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLHUP, EPOLLERR, EPOLLET
+    enum: EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLHUP, EPOLLERR, EPOLLET
 
 cdef extern from *:
     """
@@ -56,6 +56,7 @@ cdef enum:
     EVENTS = 64
     STAGE = 65536               # bytes that are encrypted at a time
     MAIL_BYTES = 8 << 20
+    MAIL_EACH = 256             # what a message counts as beside its text: about what it becomes in Python
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
@@ -102,6 +103,8 @@ cdef void end(thread_t* t, stream_t* s) noexcept nogil:
     pthread_mutex_lock(&s.lock)         # nobody writes to the number any more
     axf_store(&s.closing, 1)
     if s.fd >= 0:
+        if s.watched:                   # a child that has just been forked may hold the socket open, and so its events
+            epoll_ctl(t.epoll, EPOLL_CTL_DEL, s.fd, NULL)
         axf_socket_abort(s.fd)
         s.fd = -1
     pthread_mutex_unlock(&s.lock)
@@ -444,7 +447,7 @@ cdef int mail(mailbox_t* box, uint64_t owner, int kind, const void* text, uint32
         return 1
     m.owner, m.kind, m.n = owner, kind, n
     memcpy(m + 1, text, n)
-    axf_add64(&box.nbytes, sizeof(message_t) + n)
+    axf_add64(&box.nbytes, MAIL_EACH + n)
     if axf_push(&box.head, &m.next):
         write(box.fd, &one, 8)
     return 0
@@ -470,21 +473,34 @@ cdef class Mailbox:
         """The eventfd that turns readable when there is a message."""
         return self.box.fd
 
-    def take(self) -> list[tuple[int, int, bytes]]:
-        """Every message that there is, oldest first: owner, kind, text."""
-        cdef uint64_t count
+    def take(self, int most=0) -> list[tuple[int, int, bytes]]:
+        """The messages that there are, oldest first and at most so many, 0 for all: owner, kind, text.
+
+        While there are more the eventfd stays readable.
+        """
+        cdef uint64_t count = 1
         cdef message_t* m
-        cdef message_t* gone
-        if self.box.fd >= 0:
-            read(self.box.fd, &count, 8)
-        m = <message_t*>axf_take(&self.box.head)
+        cdef message_t* next_
         found = []
-        while m != NULL:
+        while True:
+            if self.backlog == NULL:
+                if self.box.fd >= 0:
+                    read(self.box.fd, &count, 8)
+                m = <message_t*>axf_take(&self.box.head)
+                while m != NULL:        # the newest first
+                    next_ = <message_t*>m.next
+                    m.next = self.backlog
+                    self.backlog, m = m, next_
+            m = self.backlog
+            if m == NULL or (most and len(found) == most):
+                break
             found.append((m.owner, m.kind, <bytes>(<char*>(m + 1))[: m.n]))
-            axf_add64(&self.box.nbytes, -<int64_t>(sizeof(message_t) + m.n))
-            gone, m = m, <message_t*>m.next
-            free(gone)
-        found.reverse()
+            axf_add64(&self.box.nbytes, -<int64_t>(MAIL_EACH + m.n))
+            self.backlog = <message_t*>m.next
+            free(m)
+        if m != NULL and self.box.fd >= 0:
+            count = 1
+            write(self.box.fd, &count, 8)
         return found
 
     def close(self) -> None:

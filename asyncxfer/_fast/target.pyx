@@ -31,6 +31,7 @@ cdef enum:
     BUCKETS = 256
     MAX_RECORDS = 65536
     MAX_RECORD_BYTES = 64 << 20
+    MAX_SEATS = 16              # connections of one initiator
     MAX_REPLIES = 2048          # beyond, nothing is read before some have gone
     SHARE = 4 << 20             # bytes of a connection's turn
     HEADS = 64                  # answers without payload that go together
@@ -99,6 +100,17 @@ cdef region_t* find(session_t* z, const axf_head* h) noexcept nogil:
     if h.slot < AXF_SLOTS:
         region = z.regions[h.slot]
     return region if region != NULL and region.epoch == h.epoch else NULL
+
+
+cdef bint granted(session_t* z, const axf_head* h, bint put) noexcept nogil:
+    """Whether this direction is still open to the initiator; what had begun ends where it is taken back."""
+    cdef region_t* region
+    cdef bint yes
+    pthread_mutex_lock(&z.lock)
+    region = find(z, h)
+    yes = region != NULL and (region.writable if put else region.readable)
+    pthread_mutex_unlock(&z.lock)
+    return yes
 
 
 cdef int examine(session_t* z, const axf_head* h, const axf_run* runs, const uint64_t** bases) noexcept nogil:
@@ -214,7 +226,7 @@ cdef bint sound(const axf_head* h) noexcept nogil:
         return h.runs == 0 and h.nbytes == 0 and h.flags & AXF_TOLD
     if h.kind != AXF_PUT and h.kind != AXF_GET:
         return False
-    return 0 < h.runs <= AXF_MAX_RUNS and 0 < h.nbytes < <uint64_t>1 << 31 and h.chunk < h.chunks
+    return 0 < h.runs <= AXF_MAX_RUNS and 0 < h.nbytes <= AXF_MAX_PAYLOAD and h.chunk < h.chunks
 
 
 cdef int begin(seat_t* t) noexcept nogil:
@@ -263,6 +275,9 @@ cdef ssize_t land(seat_t* t) noexcept nogil:
         gate = axf_gate_at(z.page, t.head.slot)
         if not axf_gate_enter(gate, t.head.epoch):
             t.status = REVOKED
+        elif not granted(z, &t.head, True):
+            axf_gate_leave(gate)
+            t.status = DENIED
         elif axf_socket_reset(t.stream.fd):
             axf_gate_leave(gate)
             return OVER
@@ -325,7 +340,8 @@ cdef int receive(seat_t* t) noexcept nogil:
                 return IDLE             # until `Session.go_on`
             if axf_load64(&z.mailbox.nbytes) > z.mailbox.limit:
                 axf_store(&z.over, 1)
-                return IDLE
+                if axf_load64(&z.mailbox.nbytes) > z.mailbox.limit:
+                    return IDLE         # until `Session.read_on`; whoever takes messages looks at `over` behind that
             rc = input_part(s, &t.inp, &t.head, sizeof(axf_head))
             if rc <= 0:
                 return IDLE if rc == AGAIN else BROKEN
@@ -429,6 +445,10 @@ cdef ssize_t send_some(seat_t* t) noexcept nogil:
     if not axf_gate_enter(gate, t.sending.head.epoch):
         o.padding, o.tail.status = 1, REVOKED
         return output_step(t.stream, o)
+    if not granted(t.session, &t.sending.head, False):
+        axf_gate_leave(gate)
+        o.padding, o.tail.status = 1, DENIED
+        return output_step(t.stream, o)
     sent = output_step(t.stream, o)
     axf_gate_leave(gate)
     if sent == FAULTED:
@@ -508,6 +528,13 @@ def live() -> int:
     return _live
 
 
+cdef void unseat(seat_t* t) noexcept:
+    input_close(&t.inp)
+    output_close(&t.out)
+    free(t.body)
+    free(t)
+
+
 cdef class Session:
     """One initiator, as it is served.
 
@@ -576,22 +603,33 @@ cdef class Session:
     cdef void place(self, uint32_t slot, region_t* region):
         cdef region_t* old
         pthread_mutex_lock(&self.z.lock)
-        old, self.z.regions[slot] = self.z.regions[slot], region
+        old = self.z.regions[slot]
+        if old != NULL and region != NULL and old.epoch == region.epoch:
+            # The same region, with another access perhaps: who is inside its gate goes on with the table that there is.
+            old.readable, old.writable = region.readable, region.writable
+            old = region
+        else:
+            self.z.regions[slot] = region
         pthread_mutex_unlock(&self.z.lock)
         free(old)
 
     def adopt(self, int index, int fd, Connection tls=None) -> None:
-        """Serve a connection, which is the session's from now on; the one of the same index ends first."""
+        """Serve a connection, which is the session's once this returns; the one of the same index ends first."""
         cdef seat_t* t
         cdef stream_t* s
+        if not 0 <= index < MAX_SEATS:
+            raise IndexError(f"connection {index}; expected an index from 0 to {MAX_SEATS - 1}")
         self.leave(index)
         t = <seat_t*>calloc(1, sizeof(seat_t))
-        s = stream_new(fd, NULL if tls is None else tls.ssl, index)
-        if t == NULL or s == NULL:
+        if t == NULL:
             raise MemoryError("no memory for a connection")
+        s = stream_new(fd, NULL if tls is None else tls.ssl, index)
         t.session, t.stream, t.last = self.z, s, &t.first
         t.body = <char*>malloc(AXF_MAX_RUNS * sizeof(axf_run) + AXF_MAX_TAG)
-        if t.body == NULL or input_open(&t.inp) != 0 or output_open(&t.out, OUT_ROOM) != 0:
+        if s == NULL or t.body == NULL or input_open(&t.inp) != 0 or output_open(&t.out, OUT_ROOM) != 0:
+            if s != NULL:
+                stream_free(s)
+            unseat(t)
             raise MemoryError("no memory for a connection")
         s.owner, s.io, s.serve, s.ended = self.z, t, serve, ended
         self.seats[index] = (<uintptr_t>t, tls)
@@ -608,18 +646,19 @@ cdef class Session:
             stream_close(t.stream)
             stream_wait(t.stream)
         stream_free(t.stream)
-        input_close(&t.inp)
-        output_close(&t.out)
-        free(t.body)
-        free(t)
+        unseat(t)
 
     def hold(self) -> None:
         """Read nothing more for now; what has begun is finished."""
         axf_store(&self.z.held, 1)
 
     def go_on(self) -> None:
-        """Read again, after `hold`, or after messages have been taken that were too many."""
+        """Read again, after `hold`."""
         axf_store(&self.z.held, 0)
+        self.read_on()
+
+    def read_on(self) -> None:
+        """Read again, unless it is held, after messages have been taken that were too many."""
         axf_store(&self.z.over, 0)
         for address, _ in self.seats.values():
             stream_attend((<seat_t*><uintptr_t>address).stream)

@@ -50,6 +50,7 @@ __all__ = ["TcpBackend"]
 
 _MAX_ROWS = 1024  # of a request, as the wire has it
 _MAX_CHUNK = 16 << 20
+_MAX_STREAMS = 16  # to one peer, as `Config.tcp_streams` has it
 _BURST = 32  # messages a turn of the loop
 _FIRST_DELAY, _LONGEST_DELAY = 0.01, 1.0  # seconds between attempts to replace a connection
 
@@ -74,7 +75,11 @@ class _Endpoint(Endpoint):
 
     async def _attach(self, index: int) -> None:
         stream = await self._dial(index)
-        self.group.attach(stream.index, stream.fd, stream.tls)
+        try:
+            self.group.attach(index, stream.fd, stream.tls)
+        except BaseException:
+            os.close(stream.fd)
+            raise
 
     def _on_message(self, kind: int, text: bytes) -> None:
         if kind == initiator.LOST and self._info.link.alive:
@@ -127,7 +132,15 @@ class _Service(Service):
         self._keep.pop(slot, None)
 
     def adopt(self, stream: Stream) -> None:
-        """Serve a connection."""
+        """Serve a connection.
+
+        Raises
+        ------
+        BackendError
+            There are no more than 16, and this is another.
+        """
+        if stream.index >= _MAX_STREAMS:
+            raise BackendError(f"connection {stream.index}; an initiator makes {_MAX_STREAMS} at most")
         self.session.adopt(stream.index, stream.fd, stream.tls)
 
     def pause(self) -> None:
@@ -188,18 +201,15 @@ class TcpBackend(Backend):
         self._readers.pop(number, None)
 
     def _take(self) -> None:
-        if not self._waiting:
-            self._waiting.extend(self.mailbox.take())
-            for session in self.sessions:
-                if session.waits:
-                    session.go_on()
-        for _ in range(min(_BURST, len(self._waiting))):
+        self._waiting.extend(self.mailbox.take(_BURST))
+        for session in self.sessions:
+            if session.waits:
+                session.read_on()
+        while self._waiting:
             owner, kind, text = self._waiting.popleft()
             reader = self._readers.get(owner)
             if reader is not None:
                 reader(kind, text)
-        if self._waiting and self._loop is not None:
-            self._loop.call_soon(self._take)
 
     # -- what core asks for
 
