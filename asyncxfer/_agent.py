@@ -555,7 +555,7 @@ class Agent:
         dict
             ``"sent"``: by peer, backend and direction what this agent moved (transfers, nbytes, failed, seconds);
             ``"served"``: by peer what connected initiators moved to and from this agent's regions; ``"in_flight"``,
-            ``"regions"``, ``"peers"``, ``"backends"``; of the process, ``"threads"`` that copy and ``"network_threads"``.
+            ``"regions"``, ``"peers"``, ``"backends"``; of the process, ``"threads"`` that copy, ``"network_threads"``.
         """
         live = self._started()
         sent: dict[str, dict[str, dict[str, dict[str, float]]]] = {}

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from ._credentials import Credentials
     from ._fast.tls import Connection, Context
 
-__all__ = ["Asked", "Sealing", "Wire", "accept", "answer", "ask"]
+__all__ = ["CONNECTIONS", "Asked", "Sealing", "Wire", "accept", "answer", "ask"]
 
 _HEAD = struct.Struct(f">{_proof.SESSION_BYTES}s{_proof.NONCE_BYTES}sHB")  # and the backend's name
 _WELCOME = b"\0"
+CONNECTIONS = 64  # of a session, for each backend: what they cost the target has a bound
 
 T = TypeVar("T")
 
@@ -167,7 +168,7 @@ async def answer(wire: Wire, secret_of: Callable[[Asked], bytes]) -> Asked:
     Raises
     ------
     PeerLostError
-        The session is not known, or the other side does not know its secret.
+        The session is not known, has no connection of that number, or the other side does not know its secret.
     OSError
         The connection broke.
     """
@@ -176,6 +177,8 @@ async def answer(wire: Wire, secret_of: Callable[[Asked], bytes]) -> Asked:
         asked = Asked(session, index, (await wire.read(length)).decode())
     except UnicodeDecodeError as error:
         raise PeerLostError(f"a data connection for no backend: {error}") from error
+    if index >= CONNECTIONS:
+        raise PeerLostError(f"data connection {index}; there are {CONNECTIONS} of a session")
     secret = secret_of(asked)
     own = os.urandom(_proof.NONCE_BYTES)
     await wire.write(own + _proof.data(secret, b"server", nonce + own, index, asked.backend))

@@ -14,7 +14,7 @@ from . import _address, _channel, _proof
 from ._address import Address
 from ._channel import Channel
 from ._config import Config
-from ._data import Asked
+from ._data import CONNECTIONS, Asked
 from ._dial import Dialler
 from ._errors import BackendError, ConfigError, PeerLostError, TransferTimeout
 from ._letters import Letters
@@ -222,8 +222,8 @@ class Line:
         BackendError
             It cannot be encrypted.
         """
-        if not 0 <= index < 65536:
-            raise BackendError(f"data connection {index}; expected an index from 0 to 65,535")
+        if not 0 <= index < CONNECTIONS:
+            raise BackendError(f"data connection {index}; expected an index from 0 to {CONNECTIONS - 1}")
         failure: Exception | None = None
         for address in list(self._far):
             if self._over is not None:

@@ -395,10 +395,24 @@ def _failure(transfer: Transfer, status: int) -> BaseException:
     cause = transfer.error
     if isinstance(cause, TransferError):
         return cause
+    if status == _native.STATUS_PEER_GONE and cause is None:
+        cause = _what_is_known(transfer)
     why = text if cause is None else f"{text}: {cause}"
     error = kind(f"{transfer.plan} {why}", nbytes=transfer.moved, backend=transfer.plan.backend)
     error.__cause__ = cause
     return error
+
+
+def _what_is_known(transfer: Transfer) -> PeerLostError | None:
+    """What became of the peer, in the words of its region; None where nothing is known yet."""
+    for side in transfer.plan.sides:
+        try:
+            side.check_open()
+        except PeerLostError as error:
+            return error
+        except ClosedError:
+            continue
+    return None
 
 
 def _rows_of_chunk(transfer: Transfer) -> str:

@@ -30,7 +30,7 @@ def addresses(metadata: bytes) -> list[str]:
 
 
 def port_of(metadata: bytes) -> int:
-    return int(addresses(metadata)[0].rpartition(":")[2])
+    return int(next(text for text in addresses(metadata) if text.startswith("tcp:")).rpartition(":")[2])
 
 
 async def until_state(events: AsyncIterator[PeerEvent], state: PeerState, peer: str | None = None) -> PeerEvent:

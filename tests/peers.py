@@ -174,6 +174,13 @@ class Puppet:
         """Await a transfer that was begun."""
         return await self._transfers.pop(key)
 
+    async def cancel(self, key: str) -> None:
+        """Cancel a transfer that was begun, and wait for its end."""
+        transfer = self._transfers.pop(key)
+        transfer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await transfer
+
     async def notify(self, tag: bytes, peer: str) -> Done:
         """Send a bare notification."""
         return await self._peers[peer].notify(tag)
@@ -215,6 +222,12 @@ class Puppet:
         done = self._started.put(self._held[local].region[:1], there[:1], notify=tag).done()
         os.write(gate, b"y" if done else b"n")
         signal.pause()
+
+    def hold_interpreter(self, *, gate: int) -> None:
+        """Say so on `gate`, and let no Python run in this process, in no thread, until a byte comes there."""
+        os.write(gate, b"!")
+        ctypes.PyDLL(None).read(gate, ctypes.create_string_buffer(1), 1)  # unlike os.read it keeps the lock
+        os.close(gate)
 
 
 class _Link:

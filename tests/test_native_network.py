@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from frames import DATA, DONE, EPOCH, GET, HEAD, MAGIC, NOTE, PUT, SLOT, crc32c, head, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import pairs
@@ -31,7 +32,6 @@ from asyncxfer._fast.tls import DONE as SHAKEN
 from asyncxfer._fast.tls import Connection, Context
 
 Bytes = npt.NDArray[np.uint8]
-SLOT, EPOCH = 3, 7
 
 
 @pytest.fixture(autouse=True)
@@ -292,31 +292,6 @@ def test_stopped_at_any_moment(put: bool, tls: bool) -> None:
 
 # ---- what a target makes of bytes that no initiator of ours sends ----------------------------------------------------
 
-MAGIC, PUT, GET, NOTE, DONE, DATA = 0x31445841, 1, 2, 3, 4, 5
-HEAD = struct.Struct("<IBBHQQIIIIIIQiI")
-RUN = struct.Struct("<QQqII")
-
-
-def head(
-    kind: int, *, op: int = 1, runs: int = 1, nbytes: int = 64, chunk: int = 0, chunks: int = 1, flags: int = 0,
-    slot: int = SLOT, epoch: int = EPOCH, tag: int = 0, settled: int = 0, magic: int = MAGIC,
-) -> bytes:  # fmt: skip
-    return HEAD.pack(magic, kind, flags, 0, op, settled, chunk, chunks, slot, epoch, runs, tag, nbytes, 0, 0)
-
-
-def run(offset: int = 0, length: int = 64, stride: int = 64, count: int = 1, segment: int = 0) -> bytes:
-    return RUN.pack(offset, length, stride, count, segment)
-
-
-def crc32c(data: bytes) -> int:
-    """Bit by bit, from its polynomial."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
-
 
 class Raw:
     """A connection to a session on which a test says what it likes."""
@@ -479,6 +454,38 @@ def test_a_region_that_is_told_again_is_served_on(raw: tuple[Stage, Raw]) -> Non
     assert not elsewhere.any()
 
 
+@pytest.mark.parametrize("renew", [True, False], ids=["renewed", "given back"])
+def test_memory_that_was_granted_anew_in_mid_request(raw: tuple[Stage, Raw], renew: bool) -> None:
+    """What a request had found out about its region before is not used after."""
+    s, peer = raw
+    other = np.ones(1 << 16, np.uint8)
+    peer.say(head(PUT, nbytes=1 << 15), run(length=1 << 15), b"\x02" * (1 << 14))
+    while s.far[(1 << 14) - 1] != 2:
+        time.sleep(0.001)
+    if not renew:
+        assert s.page.shut(SLOT)
+        s.session.shut(SLOT)
+        s.page.open(SLOT, EPOCH)
+    s.session.open(SLOT, EPOCH, [s.far.ctypes.data], [s.far.nbytes], readable=True, writable=True)
+    for slot in range(SLOT + 1, SLOT + 9):  # these take the room that was freed
+        s.session.open(slot, EPOCH, [other.ctypes.data], [other.nbytes], readable=True, writable=True)
+    peer.say(b"\x02" * (1 << 14), bytes(8))
+    assert peer.status() == 0
+    assert (other == 1).all()
+    assert (s.far[: 1 << 15] == 2).all()
+
+
+def test_what_was_narrowed_in_mid_request_is_denied(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    peer.say(head(PUT, nbytes=1 << 15), run(length=1 << 15), b"\x02" * (1 << 14))
+    while s.far[(1 << 14) - 1] != 2:
+        time.sleep(0.001)
+    s.session.open(SLOT, EPOCH, [s.far.ctypes.data], [s.far.nbytes], readable=True, writable=False)
+    peer.say(b"\x02" * (1 << 14), bytes(8))
+    assert peer.status() == native.STATUS_DENIED
+    assert (s.far[1 << 14 :] == 1).all()
+
+
 def test_a_put_that_comes_twice_notifies_once(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
     for _ in range(2):
@@ -561,6 +568,7 @@ def test_noise_changes_nothing(data: st.DataObject) -> None:
     edges = st.sampled_from([0, 1, 2, 63, 64, 65, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
     wide = st.one_of(edges, st.sampled_from([1 << 32, 1 << 63, (1 << 64) - 1]))
     with stage(streams=1, nbytes=1 << 16) as s:
+        s.session.shut(SLOT)
         s.session.open(SLOT, EPOCH, [s.far.ctypes.data + 4096], [8192], readable=True, writable=True)
         peer = Raw(s)
         with peer.sock:

@@ -102,17 +102,6 @@ cdef region_t* find(session_t* z, const axf_head* h) noexcept nogil:
     return region if region != NULL and region.epoch == h.epoch else NULL
 
 
-cdef bint granted(session_t* z, const axf_head* h, bint put) noexcept nogil:
-    """Whether this direction is still open to the initiator; what had begun ends where it is taken back."""
-    cdef region_t* region
-    cdef bint yes
-    pthread_mutex_lock(&z.lock)
-    region = find(z, h)
-    yes = region != NULL and (region.writable if put else region.readable)
-    pthread_mutex_unlock(&z.lock)
-    return yes
-
-
 cdef int examine(session_t* z, const axf_head* h, const axf_run* runs, const uint64_t** bases) noexcept nogil:
     """Whether a request may be carried out: a status. Gives where the segments begin."""
     cdef region_t* region
@@ -125,6 +114,23 @@ cdef int examine(session_t* z, const axf_head* h, const axf_run* runs, const uin
             status = DENIED
         elif not axf_runs_fit(runs, h.runs, h.nbytes, region.sizes, region.segments):
             status = DENIED
+        bases[0] = region.bases
+    pthread_mutex_unlock(&z.lock)
+    return status
+
+
+cdef int reach(session_t* z, const axf_head* h, bint write, const uint64_t** bases) noexcept nogil:
+    """Whether a request that was examined may still be carried out, and where the segments begin: a status.
+
+    Inside the region's gate only. What was found in an earlier stay there is not to be used any more: the region may
+    have been taken back and granted again in between.
+    """
+    cdef region_t* region
+    cdef int status = REVOKED
+    pthread_mutex_lock(&z.lock)
+    region = find(z, h)
+    if region != NULL:
+        status = OK if (region.writable if write else region.readable) else DENIED
         bases[0] = region.bases
     pthread_mutex_unlock(&z.lock)
     return status
@@ -275,17 +281,16 @@ cdef ssize_t land(seat_t* t) noexcept nogil:
         gate = axf_gate_at(z.page, t.head.slot)
         if not axf_gate_enter(gate, t.head.epoch):
             t.status = REVOKED
-        elif not granted(z, &t.head, True):
-            axf_gate_leave(gate)
-            t.status = DENIED
-        elif axf_socket_reset(t.stream.fd):
+            return input_skip(t.stream, &t.inp)
+        t.status = reach(z, &t.head, True, &t.inp.bases)
+        if t.status == OK and axf_socket_reset(t.stream.fd):
             axf_gate_leave(gate)
             return OVER
-        else:
-            got = input_rows(t.stream, &t.inp)
-            axf_gate_leave(gate)
-            if got != FAULTED:
-                return got
+        got = input_rows(t.stream, &t.inp) if t.status == OK else FAULTED
+        axf_gate_leave(gate)
+        if got != FAULTED:
+            return got
+        if t.status == OK:
             t.status, t.error = FAULT, EFAULT
     return input_skip(t.stream, &t.inp)
 
@@ -305,7 +310,8 @@ cdef int finish(seat_t* t) noexcept nogil:
             t.status = REVOKED
         else:
             rows.run, rows.row, rows.skip, rows.left = <axf_run*>t.body, 0, 0, h.nbytes
-            if axf_cursor_crc(rows, t.inp.bases) != t.inp.tail.crc:
+            t.status = reach(z, h, True, &t.inp.bases)
+            if t.status == OK and axf_cursor_crc(rows, t.inp.bases) != t.inp.tail.crc:
                 t.status = AXF_MISMATCH
             axf_gate_leave(gate)
     if t.status == OK:
@@ -418,7 +424,8 @@ cdef void open_answer(seat_t* t, reply_t* reply) noexcept nogil:
     if status == OK and not axf_gate_enter(gate, h.epoch):
         status = REVOKED
     elif status == OK:
-        if h.flags & AXF_CHECKED:
+        status = reach(z, h, False, &o.bases)
+        if status == OK and h.flags & AXF_CHECKED:
             o.tail.crc = axf_cursor_crc(o.rows, o.bases)
         axf_gate_leave(gate)
     if status == OK:
@@ -439,16 +446,16 @@ cdef ssize_t send_some(seat_t* t) noexcept nogil:
     cdef output_t* o = &t.out
     cdef axf_gate* gate
     cdef ssize_t sent
+    cdef int status
     if o.left == 0 or o.padding:
         return output_step(t.stream, o)
     gate = axf_gate_at(t.session.page, t.sending.head.slot)
     if not axf_gate_enter(gate, t.sending.head.epoch):
         o.padding, o.tail.status = 1, REVOKED
         return output_step(t.stream, o)
-    if not granted(t.session, &t.sending.head, False):
-        axf_gate_leave(gate)
-        o.padding, o.tail.status = 1, DENIED
-        return output_step(t.stream, o)
+    status = reach(t.session, &t.sending.head, False, &o.bases)
+    if status != OK:
+        o.padding, o.tail.status = 1, status
     sent = output_step(t.stream, o)
     axf_gate_leave(gate)
     if sent == FAULTED:
@@ -577,7 +584,7 @@ cdef class Session:
         _live -= 1
 
     def open(self, uint32_t slot, uint32_t epoch, bases, sizes, *, bint readable, bint writable) -> None:
-        """Serve a region: (segments,) uint64 addresses and bytes of its segments."""
+        """Serve a region: (segments,) uint64 addresses and bytes of its segments; what an epoch stands for stays."""
         cdef const uint64_t[::1] b = np.ascontiguousarray(bases, dtype=np.uint64)
         cdef const uint64_t[::1] z = np.ascontiguousarray(sizes, dtype=np.uint64)
         cdef Py_ssize_t n = b.shape[0], i
