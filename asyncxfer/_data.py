@@ -24,7 +24,7 @@ __all__ = ["CONNECTIONS", "Asked", "Sealing", "Wire", "accept", "answer", "ask"]
 
 _HEAD = struct.Struct(f">{_proof.SESSION_BYTES}s{_proof.NONCE_BYTES}sHB")  # and the backend's name
 _WELCOME = b"\0"
-CONNECTIONS = 64  # of a session, for each backend: what they cost the target has a bound
+CONNECTIONS = 16  # of a session, for each backend: what they cost the target has a bound
 
 T = TypeVar("T")
 

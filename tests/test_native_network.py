@@ -373,7 +373,7 @@ def test_runs_that_do_not_come_to_the_payload_are_denied(raw: tuple[Stage, Raw],
 
 
 def test_a_request_has_no_more_rows_than_one_thread_should_spend_time_on(raw: tuple[Stage, Raw]) -> None:
-    s, peer = raw
+    _, peer = raw
     peer.say(head(GET, flags=1, nbytes=1024), run(length=1, stride=0, count=1024))
     assert peer.status() == 0
     peer.hear(1024 + 8)
@@ -386,7 +386,7 @@ def test_a_request_has_no_more_rows_than_one_thread_should_spend_time_on(raw: tu
 def test_a_direction_that_is_taken_back_ends_what_had_begun(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
     peer.say(head(PUT), run(), b"\xff" * 32)
-    while not s.far[31] == 255:
+    while s.far[31] != 255:
         time.sleep(0.001)
     s.session.open(SLOT, EPOCH, [s.far.ctypes.data], [s.far.nbytes], readable=True, writable=False)
     peer.say(b"\xff" * 32, bytes(8))
@@ -440,7 +440,7 @@ def test_a_region_that_is_told_again_is_served_on(raw: tuple[Stage, Raw]) -> Non
     """As after a control connection was made again, with a put under way."""
     s, peer = raw
     peer.say(head(PUT), run(), b"\xff" * 32)
-    while not s.far[31] == 255:
+    while s.far[31] != 255:
         time.sleep(0.001)
     bases, sizes = [s.far.ctypes.data], [s.far.nbytes]
     elsewhere = np.zeros(1 << 16, np.uint8)

@@ -266,11 +266,11 @@ async def test_backends_that_take_no_connection(backend: str, encrypted: bool) -
 
 async def test_a_session_has_so_many_connections_and_no_more() -> None:
     async with within(), pair_of(encrypt_data=False) as pair:
-        async with inside(pair, index=63) as wire:
+        async with inside(pair, index=15) as wire:
             await wire.write(head(GET, slot=pair.region.slot, epoch=pair.region.epoch) + run())
             assert (await answered(wire))[0] == 0
         with pytest.raises(OSError, match=r"closed|reset"):
-            async with inside(pair, index=64):
+            async with inside(pair, index=16):
                 pass
         await pair.prove()
 
