@@ -591,6 +591,34 @@ def test_noise_changes_nothing(data: st.DataObject) -> None:
         assert not s.far[4096 + 8192 :].any()
 
 
+def test_what_is_posted_behind_the_close_ends() -> None:
+    """As by a thread that looked whether the peer was there just before."""
+    with stage(streams=1) as s:
+        s.group.close()
+        transfer = s.post([(0, 0, 64, 0, 0, 1)], True)
+        s.wait(transfer)
+        assert transfer.status == native.STATUS_PEER_GONE
+
+
+def test_small_transfers_do_not_wait_for_a_connection_that_is_full() -> None:
+    """The first connection's other end reads nothing; the second one serves."""
+    with stage(streams=2, nbytes=1 << 25) as s:
+        near, deaf = socket_pair()
+        with deaf:
+            s.session.leave(0)
+            while 0 in s.group.up():
+                time.sleep(0.001)
+            s.group.attach(0, near.detach())
+            big = s.post([(0, 0, 1 << 25, 0, 0, 1)], True)  # one chunk of it fills the deaf connection
+            while big.moved < (1 << 25) - (1 << 20):
+                time.sleep(0.001)
+            small = [s.post([(0, 0, 64, 0, 0, 1)], True) for _ in range(10)]
+            s.wait(*small)
+            assert [t.status for t in small] == [native.STATUS_OK] * 10
+            big.stop(native.STATUS_CANCELLED)
+            s.wait(big)
+
+
 # ---- what an initiator makes of answers that no target of ours gives, and of memory that is not there ----------------
 
 

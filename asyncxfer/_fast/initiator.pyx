@@ -28,6 +28,8 @@ from asyncxfer._fast.pthread cimport *
 from asyncxfer._fast.tls cimport Connection
 from asyncxfer._fast.wire cimport *
 
+from asyncxfer._errors import BackendError
+
 LOST = 1                        # message: the connection whose number is the text has been lost
 
 cdef enum:
@@ -118,6 +120,17 @@ cdef void ring_append(group_t* g, flight_t* f) noexcept nogil:
     else:
         ring.last.ring_next = f
     ring.last = f
+
+
+cdef bint waiting(group_t* g) noexcept nogil:
+    """Whether something has not been sent; without the lock held."""
+    cdef bint any_ = False
+    cdef int p
+    pthread_mutex_lock(&g.lock)
+    for p in range(PRIORITIES):
+        any_ = any_ or g.rings[p].first != NULL
+    pthread_mutex_unlock(&g.lock)
+    return any_
 
 
 cdef flight_t* ring_pop(group_t* g) noexcept nogil:
@@ -425,7 +438,7 @@ cdef int pump(lane_t* lane, uint64_t share) noexcept nogil:
         if output_done(o):
             o.active = 0
             leave_output(g, lane, 0)
-        if total >= share:
+        if total >= share or axf_load(&s.closing):
             return BUSY
 
 
@@ -583,7 +596,7 @@ cdef int receive(lane_t* lane) noexcept nogil:
                     return IDLE if got == AGAIN else BROKEN
                 else:
                     total += <uint64_t>got
-                    if total >= SHARE:
+                    if total >= SHARE or axf_load(&s.closing):
                         return BUSY
             lane.stage = 2
         if lane.stage == 2:
@@ -753,6 +766,7 @@ cdef class Group:
         self.g = <group_t*>calloc(1, sizeof(group_t))
         if self.g == NULL:
             raise MemoryError("no memory for a peer's connections")
+        _live += 1
         pthread_mutex_init(&self.g.lock, NULL)
         self.g.link, self.g.mailbox, self.g.owner = &link.c, &mailbox.box, owner
         self.g.nlanes = min(max(streams, 1), <int>MAX_STREAMS)
@@ -766,7 +780,8 @@ cdef class Group:
                 raise MemoryError("no memory for a peer's connections")
         self.g.ticker.tick, self.g.ticker.owner = tick, self.g
         ticker_start(&self.g.ticker, 0)
-        _live += 1
+        if self.g.ticker.thread == NULL:
+            raise BackendError("no thread could be started for data connections; is a limit on them or on memory reached?")
 
     def __dealloc__(self):
         global _live
@@ -895,7 +910,11 @@ def submit(NetWork work not None, Completion completion not None, int priority=0
     pthread_mutex_unlock(&g.lock)
     if op.deadline:
         ticker_at(&g.ticker, op.deadline)
-    if not axf_load(&g.link.alive) or g.closed:
+    if g.closed:                        # by another thread since the caller looked; nobody ticks any more
+        with nogil:
+            tick(g, axf_now())
+        return
+    if not axf_load(&g.link.alive):
         ticker_at(&g.ticker, axf_now())
         return
     s = lane.stream
@@ -908,6 +927,7 @@ def submit(NetWork work not None, Completion completion not None, int priority=0
             stream_close(s)
         elif rc == BUSY:
             stream_attend(s)
-        return
+        if not waiting(g):
+            return
     with nogil:
         attend_all(g)

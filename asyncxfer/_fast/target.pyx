@@ -360,7 +360,7 @@ cdef int receive(seat_t* t) noexcept nogil:
                 if got <= 0:
                     return IDLE if got == AGAIN else BROKEN
                 total += <uint64_t>got
-                if total >= SHARE:
+                if total >= SHARE or axf_load(&s.closing):
                     return BUSY
             t.stage = 3
         if t.stage == 3:
@@ -483,7 +483,7 @@ cdef int pump(seat_t* t) noexcept nogil:
             t.out.active = 0
             free(t.sending)
             t.sending = NULL
-        if total >= SHARE:
+        if total >= SHARE or axf_load(&s.closing):
             return BUSY
 
 
