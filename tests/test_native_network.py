@@ -652,9 +652,28 @@ def test_a_mismatch_of_what_was_not_checked_is_a_failure(put: bool) -> None:
             assert transfer.status == native.STATUS_FAILED
 
 
+def test_far_memory_that_is_not_there_is_a_fault_of_a_checksum_too() -> None:
+    engine.guard()
+    with stage(streams=1) as s, tempfile.TemporaryFile() as file:
+        file.truncate(1 << 20)
+        with mmap.mmap(file.fileno(), 1 << 20) as short:
+            array = np.frombuffer(short, np.uint8)
+            s.session.open(SLOT + 1, EPOCH, [array.ctypes.data], [1 << 20], readable=True, writable=True)
+            s.page.open(SLOT + 1, EPOCH)
+            file.truncate(0)
+            for put in (True, False):
+                transfer = s.post([(0, 0, 1 << 20, 0, 0, 1)], put, slot=SLOT + 1, checked=True)
+                s.wait(transfer)
+                assert transfer.status == native.STATUS_FAULT
+            s.page.shut(SLOT + 1)
+            s.session.shut(SLOT + 1)
+            del array
+
+
 @pytest.mark.parametrize("put", [True, False])
+@pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_memory_that_is_not_there_is_a_fault(put: bool, tls: bool) -> None:
+def test_memory_that_is_not_there_is_a_fault(put: bool, tls: bool, checked: bool) -> None:
     engine.guard()
     with stage(streams=1, tls=tls) as s:
         with tempfile.TemporaryFile() as file:
@@ -665,7 +684,7 @@ def test_memory_that_is_not_there_is_a_fault(put: bool, tls: bool) -> None:
                 file.truncate(0)
                 rows = pairs([(0, 0, 1 << 20, 0, 0, 1)])
                 options = {"put": put, "link": s.link, "slot": SLOT, "epoch": EPOCH}
-                work = NetWork(s.group, rows, [address], [0], chunk_bytes=1 << 18, **options)
+                work = NetWork(s.group, rows, [address], [0], chunk_bytes=1 << 18, checked=checked, **options)
                 for _ in range(3):
                     transfer = Completion(s.queue, work.nbytes, put, s.link, None, None)
                     initiator.submit(work, transfer)

@@ -373,8 +373,8 @@ cdef bint next_frame(group_t* g, lane_t* lane) noexcept nogil:
         memcpy(o.buf + o.len - head.tag, tag, head.tag)
     o.active = 1
     pthread_mutex_unlock(&g.lock)
-    if o.has_tail and head.flags & AXF_CHECKED:
-        o.tail.crc = axf_cursor_crc(o.rows, o.bases)
+    if o.has_tail and head.flags & AXF_CHECKED and rows_crc(&o.rows, o.bases, &o.tail.crc) != 0:
+        leave_output(g, lane, FAULT)
     return True
 
 
@@ -605,18 +605,21 @@ cdef int receive(lane_t* lane) noexcept nogil:
                 return IDLE if rc == AGAIN else BROKEN
             if i.tail.status:
                 lane.in_status = known(i.tail.status)
-            elif lane.in_flight != NULL and lane.in_flight.checked and checksum(lane) != i.tail.crc:
-                lane.in_status = AXF_MISMATCH
+            elif lane.in_flight != NULL and lane.in_flight.checked:
+                lane.in_status = checked(lane)
             lane.stage = 3
         conclude(lane)
         lane.stage = 0
 
 
-cdef uint32_t checksum(lane_t* lane) noexcept nogil:
-    """Of the payload that has been received."""
+cdef int checked(lane_t* lane) noexcept nogil:
+    """Whether the payload that has been received is what was sent: a status."""
     cdef axf_cursor rows
+    cdef uint32_t crc = 0
     rows.run, rows.row, rows.skip, rows.left = lane.runs, 0, 0, lane.head.nbytes
-    return axf_cursor_crc(rows, lane.inp.bases)
+    if rows_crc(&rows, lane.inp.bases, &crc) != 0:
+        return FAULT
+    return OK if crc == lane.inp.tail.crc else AXF_MISMATCH
 
 
 # ---- what the poller calls -------------------------------------------------------------------------------------------------

@@ -296,6 +296,7 @@ cdef int finish(seat_t* t) noexcept nogil:
     cdef axf_head* h = &t.head
     cdef axf_gate* gate
     cdef axf_cursor rows
+    cdef uint32_t crc = 0
     cdef reply_t* reply
     if t.status == OK and t.inp.tail.status:
         t.status = FAULT                # the initiator gave it up: what has come is not what it should be
@@ -305,7 +306,9 @@ cdef int finish(seat_t* t) noexcept nogil:
             t.status = REVOKED
         else:
             rows.run, rows.row, rows.skip, rows.left = <axf_run*>t.body, 0, 0, h.nbytes
-            if axf_cursor_crc(rows, t.inp.bases) != t.inp.tail.crc:
+            if rows_crc(&rows, t.inp.bases, &crc) != 0:
+                t.status, t.error = FAULT, EFAULT
+            elif crc != t.inp.tail.crc:
                 t.status = AXF_MISMATCH
             axf_gate_leave(gate)
     if t.status == OK:
@@ -418,8 +421,8 @@ cdef void open_answer(seat_t* t, reply_t* reply) noexcept nogil:
     if status == OK and not axf_gate_enter(gate, h.epoch):
         status = REVOKED
     elif status == OK:
-        if h.flags & AXF_CHECKED:
-            o.tail.crc = axf_cursor_crc(o.rows, o.bases)
+        if h.flags & AXF_CHECKED and rows_crc(&o.rows, o.bases, &o.tail.crc) != 0:
+            status = FAULT
         axf_gate_leave(gate)
     if status == OK:
         o.left, o.has_tail = h.nbytes, 1
