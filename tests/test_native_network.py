@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -397,8 +398,26 @@ def test_runs_that_do_not_come_to_the_payload_are_denied(raw: tuple[Stage, Raw],
     assert (s.far == 1).all()
 
 
+def test_requests_of_many_rows_are_answered_though_they_wait(raw: tuple[Stage, Raw]) -> None:
+    """More of them than a target keeps at a time, sent before any answer is read."""
+    _, peer = raw
+    count = 400
+    request = [run(offset=n, length=1) for n in range(1024)]
+
+    def send() -> None:
+        for op in range(1, count + 1):
+            peer.say(head(GET, op=op, settled=op, runs=1024, nbytes=1024), *request)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for _ in range(count):
+        assert peer.status() == 0
+        assert peer.hear(1024 + 8)[:1024] == b"\x01" * 1024
+    sender.join()
+
+
 def test_a_request_has_no_more_rows_than_one_thread_should_spend_time_on(raw: tuple[Stage, Raw]) -> None:
-    s, peer = raw
+    _, peer = raw
     peer.say(head(GET, flags=1, nbytes=1024), run(length=1, stride=0, count=1024))
     assert peer.status() == 0
     peer.hear(1024 + 8)
@@ -411,7 +430,7 @@ def test_a_request_has_no_more_rows_than_one_thread_should_spend_time_on(raw: tu
 def test_a_direction_that_is_taken_back_ends_what_had_begun(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
     peer.say(head(PUT), run(), b"\xff" * 32)
-    while not s.far[31] == 255:
+    while s.far[31] != 255:
         time.sleep(0.001)
     s.session.open(SLOT, EPOCH, [s.far.ctypes.data], [s.far.nbytes], readable=True, writable=False)
     peer.say(b"\xff" * 32, bytes(8))
@@ -465,7 +484,7 @@ def test_a_region_that_is_told_again_is_served_on(raw: tuple[Stage, Raw]) -> Non
     """As after a control connection was made again, with a put under way."""
     s, peer = raw
     peer.say(head(PUT), run(), b"\xff" * 32)
-    while not s.far[31] == 255:
+    while s.far[31] != 255:
         time.sleep(0.001)
     bases, sizes = [s.far.ctypes.data], [s.far.nbytes]
     elsewhere = np.zeros(1 << 16, np.uint8)

@@ -33,6 +33,7 @@ cdef enum:
     MAX_RECORD_BYTES = 64 << 20
     MAX_SEATS = 16              # connections of one initiator
     MAX_REPLIES = 2048          # beyond, nothing is read before some have gone
+    MAX_REPLY_BYTES = 4 << 20   # likewise
     SHARE = 4 << 20             # bytes of a connection's turn
     HEADS = 64                  # answers without payload that go together
     OUT_ROOM = 64 * 64
@@ -87,6 +88,7 @@ cdef struct seat_t:             # what a session keeps for one connection
     reply_t* first
     reply_t** last
     uint32_t replies
+    uint64_t reply_bytes        # of the runs in them
     int stalled                 # nothing is read because of them
     output_t out
     reply_t* sending            # the get that is being answered
@@ -264,6 +266,15 @@ cdef void queue(seat_t* t, reply_t* reply) noexcept nogil:
     t.last[0] = reply
     t.last = &reply.next
     t.replies += 1
+    t.reply_bytes += run_bytes(reply)
+
+
+cdef uint64_t run_bytes(const reply_t* reply) noexcept nogil:
+    return reply.head.runs * sizeof(axf_run) if reply.head.kind == AXF_DATA else 0
+
+
+cdef bint crowded(seat_t* t) noexcept nogil:
+    return t.replies >= MAX_REPLIES or t.reply_bytes >= MAX_REPLY_BYTES
 
 
 cdef ssize_t land(seat_t* t) noexcept nogil:
@@ -336,7 +347,7 @@ cdef int receive(seat_t* t) noexcept nogil:
     cdef int rc
     while True:
         if t.stage == 0:
-            if t.replies >= MAX_REPLIES:
+            if crowded(t):
                 t.stalled = 1           # until some have gone
                 return IDLE
             if axf_load(&z.held):
@@ -400,6 +411,7 @@ cdef bint next_frame(seat_t* t) noexcept nogil:
 
 
 cdef void take(seat_t* t) noexcept nogil:
+    t.reply_bytes -= run_bytes(t.first)
     t.first = t.first.next
     if t.first == NULL:
         t.last = &t.first
@@ -500,7 +512,7 @@ cdef int serve(stream_t* s) noexcept nogil:
         received = receive(t)
     if received != BROKEN and axf_load(&s.ready) & WRITABLE:
         pumped = pump(t)
-        if t.stalled and t.replies < MAX_REPLIES:
+        if t.stalled and not crowded(t):
             t.stalled = 0
             received = BUSY
     pthread_mutex_unlock(&s.lock)

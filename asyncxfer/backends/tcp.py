@@ -91,7 +91,7 @@ class _Endpoint(Endpoint):
             task.add_done_callback(self._tasks.discard)
 
     async def _replace(self, index: int) -> None:
-        # At once, unless it was lost soon after it was made: a peer that takes connections to drop them is asked rarely.
+        # At once, unless it was lost soon after it was made: who takes connections to drop them is asked rarely.
         lived = asyncio.get_running_loop().time() - self._made[index]
         delay = 0.0 if lived > _LONGEST_DELAY else self._delays.get(index, 0.0)
         while self._info.link.alive:
