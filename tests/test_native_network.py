@@ -531,10 +531,11 @@ def test_a_wrong_checksum_is_told_and_not_notified(raw: tuple[Stage, Raw]) -> No
 
 def test_messages_that_were_too_many_do_not_end_a_pause(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
-    sent = 0
+    sent = 258  # just more than 8 MiB
+    for op in range(1, sent + 1):
+        peer.say(head(NOTE, op=op, settled=op, runs=0, nbytes=0, flags=4, tag=32768), bytes(32768))
     while not s.session.waits:
-        sent += 1
-        peer.say(head(NOTE, op=sent, settled=sent, runs=0, nbytes=0, flags=4, tag=32768), bytes(32768))
+        time.sleep(0.001)
     s.session.hold()
     held = s.mail.take(5)
     assert len(held) == 5
@@ -629,7 +630,7 @@ def test_small_transfers_do_not_wait_for_a_connection_that_is_full() -> None:
                 time.sleep(0.001)
             s.group.attach(0, near.detach())
             big = s.post([(0, 0, 1 << 25, 0, 0, 1)], True)  # one chunk of it fills the deaf connection
-            while big.moved < (1 << 25) - (1 << 20):
+            while big.moved < 1 << 24:
                 time.sleep(0.001)
             small = [s.post([(0, 0, 64, 0, 0, 1)], True) for _ in range(10)]
             s.wait(*small)
