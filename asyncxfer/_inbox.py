@@ -18,6 +18,7 @@ __all__ = ["Inbox", "Notification"]
 _BROKEN_KEPT = 4096  # failures that nobody has asked for yet
 _GONE_KEPT = 4096  # peers that were lost
 _NOTE_BYTES = 64  # what keeping one costs beside its tag, roughly
+_ANNOUNCED_BYTES = 64 << 20  # of announced tags; beyond, a wait for another does not end when its sender is lost
 
 
 class Notification(NamedTuple):
@@ -94,6 +95,7 @@ class Inbox:
         self._waits: dict[bytes, deque[_Wait]] = {}
         self._readers: deque[asyncio.Future[Notification | None]] = deque()
         self._announced: dict[tuple[str, bytes], int] = {}
+        self._announced_bytes = 0
         self._senders: dict[str, int] = {}
         self._gone: OrderedDict[str, str] = OrderedDict()
         self._broken: OrderedDict[tuple[str, bytes], TransferError] = OrderedDict()
@@ -112,7 +114,11 @@ class Inbox:
         self._gone.pop(peer, None)
 
     def announced(self, peer: str, tag: bytes) -> None:
-        """Note that a peer has begun a transfer that will notify."""
+        """Note that a peer has begun a transfer that will notify; not without bound, since it may never end them."""
+        if (peer, tag) not in self._announced:
+            if self._announced_bytes >= _ANNOUNCED_BYTES:
+                return
+            self._announced_bytes += len(tag) + _NOTE_BYTES
         self._announced[peer, tag] = self._announced.get((peer, tag), 0) + 1
 
     def arrived(self, peer: str, tag: bytes) -> None:
@@ -148,6 +154,7 @@ class Inbox:
         self._gone[peer] = why
         for sender, tag in [key for key in self._announced if key[0] == peer]:
             del self._announced[sender, tag]
+            self._announced_bytes -= len(tag) + _NOTE_BYTES
             self._break(peer, tag, PeerLostError(f"{why}; it had announced {tag!r}"))
         for waits in list(self._waits.values()):
             for wait in waits:
@@ -256,8 +263,8 @@ class Inbox:
         count = self._announced.get((peer, tag), 0)
         if count > 1:
             self._announced[peer, tag] = count - 1
-        else:
-            self._announced.pop((peer, tag), None)
+        elif self._announced.pop((peer, tag), None) is not None:
+            self._announced_bytes -= len(tag) + _NOTE_BYTES
 
     def _take_kept(self, tag: bytes | None = None, peer: str | None = None) -> Notification | None:
         was_full = self.full

@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -372,6 +373,24 @@ def test_runs_that_do_not_come_to_the_payload_are_denied(raw: tuple[Stage, Raw],
     assert (s.far == 1).all()
 
 
+def test_requests_of_many_rows_are_answered_though_they_wait(raw: tuple[Stage, Raw]) -> None:
+    """More of them than a target keeps at a time, sent before any answer is read."""
+    _, peer = raw
+    count = 400
+    request = [run(offset=n, length=1) for n in range(1024)]
+
+    def send() -> None:
+        for op in range(1, count + 1):
+            peer.say(head(GET, op=op, settled=op, runs=1024, nbytes=1024), *request)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for _ in range(count):
+        assert peer.status() == 0
+        assert peer.hear(1024 + 8)[:1024] == b"\x01" * 1024
+    sender.join()
+
+
 def test_a_request_has_no_more_rows_than_one_thread_should_spend_time_on(raw: tuple[Stage, Raw]) -> None:
     _, peer = raw
     peer.say(head(GET, flags=1, nbytes=1024), run(length=1, stride=0, count=1024))
@@ -519,10 +538,11 @@ def test_a_wrong_checksum_is_told_and_not_notified(raw: tuple[Stage, Raw]) -> No
 
 def test_messages_that_were_too_many_do_not_end_a_pause(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
-    sent = 0
+    sent = 258  # just more than 8 MiB
+    for op in range(1, sent + 1):
+        peer.say(head(NOTE, op=op, settled=op, runs=0, nbytes=0, flags=4, tag=32768), bytes(32768))
     while not s.session.waits:
-        sent += 1
-        peer.say(head(NOTE, op=sent, settled=sent, runs=0, nbytes=0, flags=4, tag=32768), bytes(32768))
+        time.sleep(0.001)
     s.session.hold()
     held = s.mail.take(5)
     assert len(held) == 5
@@ -599,6 +619,39 @@ def test_noise_changes_nothing(data: st.DataObject) -> None:
         assert not s.far[4096 + 8192 :].any()
 
 
+def test_what_is_posted_behind_the_close_ends() -> None:
+    """As by a thread that looked whether the peer was there just before."""
+    with stage(streams=1) as s:
+        s.group.close()
+        transfer = s.post([(0, 0, 64, 0, 0, 1)], True)
+        s.wait(transfer)
+        assert transfer.status == native.STATUS_PEER_GONE
+
+
+def test_small_transfers_do_not_wait_for_a_connection_that_is_full() -> None:
+    """The first connection's other end reads nothing; the second one serves."""
+    with stage(streams=2, nbytes=1 << 25) as s:
+        near, deaf = socket_pair()
+        with deaf:
+            for index in range(2):
+                s.session.leave(index)
+                while index in s.group.up():
+                    time.sleep(0.001)
+            number = near.detach()
+            s.group.attach(0, number)
+            big = s.post([(0, 0, 1 << 25, 0, 0, 1)], True)
+            full = 0
+            while full < 100:  # a moment without room may be one in which the kernel moves it on
+                full = 0 if select.select([], [number], [], 0)[1] else full + 1
+                time.sleep(0.001)
+            s.join(1)
+            small = [s.post([(0, 0, 64, 0, 0, 1)], True) for _ in range(10)]
+            s.wait(*small)
+            assert [t.status for t in small] == [native.STATUS_OK] * 10
+            big.stop(native.STATUS_CANCELLED)
+            s.wait(big)
+
+
 # ---- what an initiator makes of answers that no target of ours gives, and of memory that is not there ----------------
 
 
@@ -632,9 +685,28 @@ def test_a_mismatch_of_what_was_not_checked_is_a_failure(put: bool) -> None:
             assert transfer.status == native.STATUS_FAILED
 
 
+def test_far_memory_that_is_not_there_is_a_fault_of_a_checksum_too() -> None:
+    engine.guard()
+    with stage(streams=1) as s, tempfile.TemporaryFile() as file:
+        file.truncate(1 << 20)
+        with mmap.mmap(file.fileno(), 1 << 20) as short:
+            array = np.frombuffer(short, np.uint8)
+            s.session.open(SLOT + 1, EPOCH, [array.ctypes.data], [1 << 20], readable=True, writable=True)
+            s.page.open(SLOT + 1, EPOCH)
+            file.truncate(0)
+            for put in (True, False):
+                transfer = s.post([(0, 0, 1 << 20, 0, 0, 1)], put, slot=SLOT + 1, checked=True)
+                s.wait(transfer)
+                assert transfer.status == native.STATUS_FAULT
+            s.page.shut(SLOT + 1)
+            s.session.shut(SLOT + 1)
+            del array
+
+
 @pytest.mark.parametrize("put", [True, False])
+@pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_memory_that_is_not_there_is_a_fault(put: bool, tls: bool) -> None:
+def test_memory_that_is_not_there_is_a_fault(put: bool, tls: bool, checked: bool) -> None:
     engine.guard()
     with stage(streams=1, tls=tls) as s:
         with tempfile.TemporaryFile() as file:
@@ -645,7 +717,7 @@ def test_memory_that_is_not_there_is_a_fault(put: bool, tls: bool) -> None:
                 file.truncate(0)
                 rows = pairs([(0, 0, 1 << 20, 0, 0, 1)])
                 options = {"put": put, "link": s.link, "slot": SLOT, "epoch": EPOCH}
-                work = NetWork(s.group, rows, [address], [0], chunk_bytes=1 << 18, **options)
+                work = NetWork(s.group, rows, [address], [0], chunk_bytes=1 << 18, checked=checked, **options)
                 for _ in range(3):
                     transfer = Completion(s.queue, work.nbytes, put, s.link, None, None)
                     initiator.submit(work, transfer)

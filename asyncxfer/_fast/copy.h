@@ -143,6 +143,18 @@ static int axf_copy_bytes(void *to, const void *from, size_t n) {
     return 0;
 }
 
+/* Whatever else reads such memory, likewise. */
+static int axf_guarded(void (*call)(void *), void *argument) {
+    sigjmp_buf jump;
+    if (sigsetjmp(jump, 0)) return EFAULT;
+    axf_guard = &jump;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    call(argument);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    axf_guard = 0;
+    return 0;
+}
+
 /* ---- cross-memory attach ------------------------------------------------------------------------------------- */
 
 /* 0, or errno: ESRCH (the process is gone), EPERM, EFAULT (one side is not mapped). `moved` counts what arrived. */

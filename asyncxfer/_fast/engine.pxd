@@ -15,6 +15,7 @@ cdef extern from "rows.h" nogil:
         uint64_t pair, row, skip, nbytes
 
 
+cdef int guarded(void (*call)(void*) noexcept nogil, void* argument) noexcept nogil
 cdef int copy_bytes(void* to, const void* source, size_t n) noexcept nogil
 
 

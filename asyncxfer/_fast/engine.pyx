@@ -24,6 +24,7 @@ import numpy as np
 cdef extern from "copy.h" nogil:
     void axf_guard_install()
     int axf_can_stream()
+    int axf_guarded(void (*call)(void*) noexcept nogil, void* argument)
     int axf_copy_bytes(void* to, const void* source, size_t n)
     int axf_copy_chunk(const axf_pair* pairs, const axf_chunk* chunk, int put, int stream)
     int axf_cma_chunk(const axf_pair* pairs, const axf_chunk* chunk, int put, int pid, uint64_t* moved)
@@ -210,6 +211,11 @@ cdef int move(op_t* op, uint32_t index) noexcept nogil:
 cdef int copy_bytes(void* to, const void* source, size_t n) noexcept nogil:
     """Copies what may go away under the copy: 0, or EFAULT. `acquire` or `guard` was called before."""
     return axf_copy_bytes(to, source, n)
+
+
+cdef int guarded(void (*call)(void*) noexcept nogil, void* argument) noexcept nogil:
+    """Calls what reads such memory and keeps nothing open: 0, or EFAULT."""
+    return axf_guarded(call, argument)
 
 
 def guard() -> None:

@@ -28,6 +28,8 @@ from asyncxfer._fast.pthread cimport *
 from asyncxfer._fast.tls cimport Connection
 from asyncxfer._fast.wire cimport *
 
+from asyncxfer._errors import BackendError
+
 LOST = 1                        # message: the connection whose number is the text has been lost
 
 cdef enum:
@@ -42,7 +44,7 @@ cdef enum:
 cdef int64_t GRACE_NS = 1_000_000_000   # for answers to what was sent of a put that is to end early
 
 cdef struct flight_t:
-    op_t* op                    # NULL: word of a failure, which nobody waits for
+    op_t* op                    # NULL: it has ended early, and what is left is to tell the receiver of its tag
     const work_t* work
     uint64_t id
     flight_t* ring_next
@@ -58,7 +60,7 @@ cdef struct flight_t:
     unsigned char* again        # one a chunk: 1 where it was asked for twice
     uint32_t mismatch           # the chunk that came wrong twice
     uint32_t tag_bytes
-    const char* tag             # its own copy, where there is no op
+    char* tag                   # its own copy, where there is no op
 
 
 cdef struct entry_t:
@@ -120,6 +122,17 @@ cdef void ring_append(group_t* g, flight_t* f) noexcept nogil:
     ring.last = f
 
 
+cdef bint waiting(group_t* g) noexcept nogil:
+    """Whether something has not been sent; without the lock held."""
+    cdef bint any_ = False
+    cdef int p
+    pthread_mutex_lock(&g.lock)
+    for p in range(PRIORITIES):
+        any_ = any_ or g.rings[p].first != NULL
+    pthread_mutex_unlock(&g.lock)
+    return any_
+
+
 cdef flight_t* ring_pop(group_t* g) noexcept nogil:
     cdef flight_t* f
     cdef int p
@@ -155,12 +168,42 @@ cdef bint complete(flight_t* f) noexcept nogil:
     return f.done == f.chunks and f.note != 1
 
 
+cdef bint tells_of_failure(group_t* g, flight_t* f, flight_t** ended) noexcept nogil:
+    """Lists the end of a transfer, and makes of it word to the receiver that its tag will not come. With the lock held.
+
+    It keeps its number, so that a target which has told of the tag already does not tell of a failure as well.
+    """
+    cdef flight_t* end
+    cdef char* tag
+    cdef int n
+    if f.op == NULL or not f.op.has_note or g.closed or not axf_load(&g.link.alive):
+        return False
+    end = <flight_t*>calloc(1, sizeof(flight_t))
+    tag = <char*>malloc(max(f.op.note_bytes, <size_t>1))
+    if end == NULL or tag == NULL:
+        free(end)
+        free(tag)
+        return False
+    end.op, end.ending, end.error, end.mismatch, end.ring_next = f.op, f.ending, f.error, f.mismatch, ended[0]
+    ended[0] = end
+    memcpy(tag, f.op.note, f.op.note_bytes)
+    f.tag, f.tag_bytes, f.op, f.work = tag, <uint32_t>f.op.note_bytes, NULL, NULL
+    f.put, f.ending, f.note, f.done, f.next_chunk = 1, 0, 1, f.chunks, f.chunks
+    ring_append(g, f)
+    for n in range(g.nlanes):
+        if g.lanes[n].up and g.lanes[n].stream != NULL:
+            stream_attend(g.lanes[n].stream)
+    return True
+
+
 cdef void retire(group_t* g, flight_t* f, flight_t** ended) noexcept nogil:
     """Puts a transfer that nothing is under way of on the list of those to be settled. With the lock held."""
     if f.asked or f.inside or not (f.ending or complete(f)):
         return
     if f.in_ring:
         ring_remove(g, f)
+    if f.ending and tells_of_failure(g, f, ended):
+        return
     if f.prev == NULL:
         g.first = f.next
     else:
@@ -181,10 +224,9 @@ cdef void settle(group_t* g, flight_t* ended) noexcept nogil:
         f, ended = ended, ended.ring_next
         op = f.op
         if op != NULL:
-            if f.ending and op.has_note:
-                post_failure(g, op)
             op.detail = f.mismatch
             op_settle(op, f.ending, f.error)
+        free(f.tag)
         free(f.again)
         free(f)
 
@@ -220,25 +262,6 @@ cdef void leave(group_t* g, flight_t* f, int status, flight_t** ended) noexcept 
         let_go(g, f, status, 0, axf_now(), ended)       # which retires it
     else:
         retire(g, f, ended)
-
-
-cdef void post_failure(group_t* g, op_t* op) noexcept nogil:
-    """Tells the receiver of the tag that it will not come."""
-    cdef flight_t* f = <flight_t*>calloc(1, sizeof(flight_t) + op.note_bytes)
-    if f == NULL:
-        return
-    memcpy(<char*>(f + 1), op.note, op.note_bytes)
-    f.tag, f.tag_bytes = <char*>(f + 1), <uint32_t>op.note_bytes
-    f.note = 1
-    f.put = 1
-    pthread_mutex_lock(&g.lock)
-    if g.closed:
-        pthread_mutex_unlock(&g.lock)
-        free(f)
-        return
-    enter(g, f)
-    pthread_mutex_unlock(&g.lock)
-    attend_all(g)
 
 
 cdef void enter(group_t* g, flight_t* f) noexcept nogil:
@@ -360,8 +383,8 @@ cdef bint next_frame(group_t* g, lane_t* lane) noexcept nogil:
         memcpy(o.buf + o.len - head.tag, tag, head.tag)
     o.active = 1
     pthread_mutex_unlock(&g.lock)
-    if o.has_tail and head.flags & AXF_CHECKED:
-        o.tail.crc = axf_cursor_crc(o.rows, o.bases)
+    if o.has_tail and head.flags & AXF_CHECKED and rows_crc(&o.rows, o.bases, &o.tail.crc) != 0:
+        leave_output(g, lane, FAULT)
     return True
 
 
@@ -425,7 +448,7 @@ cdef int pump(lane_t* lane, uint64_t share) noexcept nogil:
         if output_done(o):
             o.active = 0
             leave_output(g, lane, 0)
-        if total >= share:
+        if total >= share or axf_load(&s.closing):
             return BUSY
 
 
@@ -583,7 +606,7 @@ cdef int receive(lane_t* lane) noexcept nogil:
                     return IDLE if got == AGAIN else BROKEN
                 else:
                     total += <uint64_t>got
-                    if total >= SHARE:
+                    if total >= SHARE or axf_load(&s.closing):
                         return BUSY
             lane.stage = 2
         if lane.stage == 2:
@@ -592,18 +615,21 @@ cdef int receive(lane_t* lane) noexcept nogil:
                 return IDLE if rc == AGAIN else BROKEN
             if i.tail.status:
                 lane.in_status = known(i.tail.status)
-            elif lane.in_flight != NULL and lane.in_flight.checked and checksum(lane) != i.tail.crc:
-                lane.in_status = AXF_MISMATCH
+            elif lane.in_flight != NULL and lane.in_flight.checked:
+                lane.in_status = checked(lane)
             lane.stage = 3
         conclude(lane)
         lane.stage = 0
 
 
-cdef uint32_t checksum(lane_t* lane) noexcept nogil:
-    """Of the payload that has been received."""
+cdef int checked(lane_t* lane) noexcept nogil:
+    """Whether the payload that has been received is what was sent: a status."""
     cdef axf_cursor rows
+    cdef uint32_t crc = 0
     rows.run, rows.row, rows.skip, rows.left = lane.runs, 0, 0, lane.head.nbytes
-    return axf_cursor_crc(rows, lane.inp.bases)
+    if rows_crc(&rows, lane.inp.bases, &crc) != 0:
+        return FAULT
+    return OK if crc == lane.inp.tail.crc else AXF_MISMATCH
 
 
 # ---- what the poller calls -------------------------------------------------------------------------------------------------
@@ -753,6 +779,7 @@ cdef class Group:
         self.g = <group_t*>calloc(1, sizeof(group_t))
         if self.g == NULL:
             raise MemoryError("no memory for a peer's connections")
+        _live += 1
         pthread_mutex_init(&self.g.lock, NULL)
         self.g.link, self.g.mailbox, self.g.owner = &link.c, &mailbox.box, owner
         self.g.nlanes = min(max(streams, 1), <int>MAX_STREAMS)
@@ -766,7 +793,8 @@ cdef class Group:
                 raise MemoryError("no memory for a peer's connections")
         self.g.ticker.tick, self.g.ticker.owner = tick, self.g
         ticker_start(&self.g.ticker, 0)
-        _live += 1
+        if self.g.ticker.thread == NULL:
+            raise BackendError("no thread could be started for data connections; is a limit on them or on memory reached?")
 
     def __dealloc__(self):
         global _live
@@ -895,7 +923,11 @@ def submit(NetWork work not None, Completion completion not None, int priority=0
     pthread_mutex_unlock(&g.lock)
     if op.deadline:
         ticker_at(&g.ticker, op.deadline)
-    if not axf_load(&g.link.alive) or g.closed:
+    if g.closed:                        # by another thread since the caller looked; nobody ticks any more
+        with nogil:
+            tick(g, axf_now())
+        return
+    if not axf_load(&g.link.alive):
         ticker_at(&g.ticker, axf_now())
         return
     s = lane.stream
@@ -908,6 +940,7 @@ def submit(NetWork work not None, Completion completion not None, int priority=0
             stream_close(s)
         elif rc == BUSY:
             stream_attend(s)
-        return
+        if not waiting(g):
+            return
     with nogil:
         attend_all(g)

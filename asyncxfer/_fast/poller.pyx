@@ -134,6 +134,17 @@ cdef void unqueue(thread_t* t, stream_t* s) noexcept nogil:
     s.queued = 0
 
 
+cdef void jump(thread_t* t, stream_t* s) noexcept nogil:
+    # Before all others, with the lock held: somebody waits for its end.
+    if s.queued:
+        unqueue(t, s)
+    s.queued = 1
+    s.todo = t.first
+    if t.first == NULL:
+        t.last = &s.todo
+    t.first = s
+
+
 cdef int watch(thread_t* t, stream_t* s) noexcept nogil:
     cdef epoll_event event
     memset(&event, 0, sizeof(event))
@@ -251,12 +262,15 @@ cdef int start(thread_t* t) noexcept nogil:
     t.epoll = epoll_create1(EPOLL_CLOEXEC)
     t.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
     event.events = EPOLLIN
-    if t.epoll < 0 or t.wake < 0 or epoll_ctl(t.epoll, EPOLL_CTL_ADD, t.wake, &event) != 0:
-        return 1
-    if start_thread(&t.thread, run, b"axf-net", t) != 0:
-        return 1
-    t.running = 1
-    return 0
+    if (t.epoll >= 0 and t.wake >= 0 and epoll_ctl(t.epoll, EPOLL_CTL_ADD, t.wake, &event) == 0
+            and start_thread(&t.thread, run, b"axf-net", t) == 0):
+        t.running = 1
+        return 0
+    if t.epoll >= 0:
+        close(t.epoll)
+    if t.wake >= 0:
+        close(t.wake)
+    return 1
 
 
 cdef thread_t* thread_of(int number) noexcept nogil:
@@ -323,12 +337,19 @@ cdef void stream_attend(stream_t* s) noexcept nogil:
 
 cdef void stream_close(stream_t* s) noexcept nogil:
     """Has it ended soon."""
+    cdef thread_t* t = s.thread
     axf_store(&s.closing, 1)
-    stream_attend(s)
+    if t == NULL or axf_load(&s.dead):
+        return
+    pthread_mutex_lock(&t.lock)
+    if not s.dead:
+        jump(t, s)
+    pthread_mutex_unlock(&t.lock)
+    rouse(t)
 
 
 cdef void stream_wait(stream_t* s) noexcept nogil:
-    """Waits until it has ended: as long as the thread is busy with other streams, a fraction of a millisecond each."""
+    """Waits until it has ended: at most as long as the thread is busy with one other stream."""
     cdef thread_t* t = s.thread
     if t == NULL:
         return
@@ -522,7 +543,7 @@ def acquire(int count) -> None:
     """Take part, with at least so many threads."""
     global users, wanted
     users += 1
-    if not started_any():
+    if users == 1 or not started_any():
         wanted = max(wanted, min(max(count, 1), <int>MAX_THREADS))
 
 
@@ -541,6 +562,8 @@ def release() -> None:
     users -= 1
     if users > 0:
         return
+    wanted = 0
+    pthread_mutex_lock(&start_lock)     # before anybody else can run: who takes part from now on gets new threads
     with nogil:
         for i in range(MAX_THREADS):
             if threads[i].running:
@@ -552,7 +575,7 @@ def release() -> None:
                 close(threads[i].epoll)
                 close(threads[i].wake)
         memset(threads, 0, sizeof(threads))
-    wanted = 0
+        pthread_mutex_unlock(&start_lock)
 
 
 def running() -> int:

@@ -33,6 +33,7 @@ cdef enum:
     MAX_RECORD_BYTES = 64 << 20
     MAX_SEATS = 16              # connections of one initiator
     MAX_REPLIES = 2048          # beyond, nothing is read before some have gone
+    MAX_REPLY_BYTES = 4 << 20   # likewise
     SHARE = 4 << 20             # bytes of a connection's turn
     HEADS = 64                  # answers without payload that go together
     OUT_ROOM = 64 * 64
@@ -87,6 +88,7 @@ cdef struct seat_t:             # what a session keeps for one connection
     reply_t* first
     reply_t** last
     uint32_t replies
+    uint64_t reply_bytes        # of the runs in them
     int stalled                 # nothing is read because of them
     output_t out
     reply_t* sending            # the get that is being answered
@@ -138,26 +140,43 @@ cdef int reach(session_t* z, const axf_head* h, bint write, const uint64_t** bas
 
 # ---- what was announced ------------------------------------------------------------------------------------------------
 
+cdef void remove(session_t* z, record_t* r, record_t* before) noexcept nogil:
+    """Forgets a transfer; `before` is the next older one. With the lock held."""
+    cdef record_t** at = &z.buckets[r.id % BUCKETS]
+    while at[0] != r:
+        at = &at[0].same
+    at[0] = r.same
+    if before == NULL:
+        z.first = r.next
+    else:
+        before.next = r.next
+    if z.last == r:
+        z.last = before
+    z.records -= 1
+    z.record_bytes -= sizeof(record_t) + r.chunks + r.tag_bytes
+    free(r.tag)
+    free(r)
+
+
 cdef void forget(session_t* z, uint64_t settled) noexcept nogil:
     """Lets go of transfers that have ended at the initiator. With the lock held."""
-    cdef record_t* r
-    cdef record_t** at
     if settled <= z.settled:
         return
     z.settled = settled
     while z.first != NULL and z.first.id < settled:
-        r = z.first
-        z.first = r.next
-        if z.first == NULL:
-            z.last = NULL
-        at = &z.buckets[r.id % BUCKETS]
-        while at[0] != r:
-            at = &at[0].same
-        at[0] = r.same
-        z.records -= 1
-        z.record_bytes -= sizeof(record_t) + r.chunks + r.tag_bytes
-        free(r.tag)
-        free(r)
+        remove(z, z.first, NULL)
+
+
+cdef bint evict(session_t* z) noexcept nogil:
+    """Makes room: forgets the oldest transfer that was told of. Many thousands later, nothing of it will come again."""
+    cdef record_t* before = NULL
+    cdef record_t* r = z.first
+    while r != NULL and not r.told:
+        before, r = r, r.next
+    if r == NULL:
+        return False
+    remove(z, r, before)
+    return True
 
 
 cdef record_t* record_of(session_t* z, const axf_head* h) noexcept nogil:
@@ -167,7 +186,7 @@ cdef record_t* record_of(session_t* z, const axf_head* h) noexcept nogil:
         r = r.same
     if r != NULL:
         return r if r.chunks == h.chunks else NULL
-    if z.records >= MAX_RECORDS or z.record_bytes > MAX_RECORD_BYTES:
+    if (z.records >= MAX_RECORDS or z.record_bytes > MAX_RECORD_BYTES) and not evict(z):
         return NULL
     r = <record_t*>calloc(1, sizeof(record_t) + h.chunks)
     if r == NULL:
@@ -270,6 +289,15 @@ cdef void queue(seat_t* t, reply_t* reply) noexcept nogil:
     t.last[0] = reply
     t.last = &reply.next
     t.replies += 1
+    t.reply_bytes += run_bytes(reply)
+
+
+cdef uint64_t run_bytes(const reply_t* reply) noexcept nogil:
+    return reply.head.runs * sizeof(axf_run) if reply.head.kind == AXF_DATA else 0
+
+
+cdef bint crowded(seat_t* t) noexcept nogil:
+    return t.replies >= MAX_REPLIES or t.reply_bytes >= MAX_REPLY_BYTES
 
 
 cdef ssize_t land(seat_t* t) noexcept nogil:
@@ -301,6 +329,7 @@ cdef int finish(seat_t* t) noexcept nogil:
     cdef axf_head* h = &t.head
     cdef axf_gate* gate
     cdef axf_cursor rows
+    cdef uint32_t crc = 0
     cdef reply_t* reply
     if t.status == OK and t.inp.tail.status:
         t.status = FAULT                # the initiator gave it up: what has come is not what it should be
@@ -311,7 +340,9 @@ cdef int finish(seat_t* t) noexcept nogil:
         else:
             rows.run, rows.row, rows.skip, rows.left = <axf_run*>t.body, 0, 0, h.nbytes
             t.status = reach(z, h, True, &t.inp.bases)
-            if t.status == OK and axf_cursor_crc(rows, t.inp.bases) != t.inp.tail.crc:
+            if t.status == OK and rows_crc(&rows, t.inp.bases, &crc) != 0:
+                t.status, t.error = FAULT, EFAULT
+            elif t.status == OK and crc != t.inp.tail.crc:
                 t.status = AXF_MISMATCH
             axf_gate_leave(gate)
     if t.status == OK:
@@ -339,7 +370,7 @@ cdef int receive(seat_t* t) noexcept nogil:
     cdef int rc
     while True:
         if t.stage == 0:
-            if t.replies >= MAX_REPLIES:
+            if crowded(t):
                 t.stalled = 1           # until some have gone
                 return IDLE
             if axf_load(&z.held):
@@ -366,7 +397,7 @@ cdef int receive(seat_t* t) noexcept nogil:
                 if got <= 0:
                     return IDLE if got == AGAIN else BROKEN
                 total += <uint64_t>got
-                if total >= SHARE:
+                if total >= SHARE or axf_load(&s.closing):
                     return BUSY
             t.stage = 3
         if t.stage == 3:
@@ -403,6 +434,7 @@ cdef bint next_frame(seat_t* t) noexcept nogil:
 
 
 cdef void take(seat_t* t) noexcept nogil:
+    t.reply_bytes -= run_bytes(t.first)
     t.first = t.first.next
     if t.first == NULL:
         t.last = &t.first
@@ -425,8 +457,8 @@ cdef void open_answer(seat_t* t, reply_t* reply) noexcept nogil:
         status = REVOKED
     elif status == OK:
         status = reach(z, h, False, &o.bases)
-        if status == OK and h.flags & AXF_CHECKED:
-            o.tail.crc = axf_cursor_crc(o.rows, o.bases)
+        if status == OK and h.flags & AXF_CHECKED and rows_crc(&o.rows, o.bases, &o.tail.crc) != 0:
+            status = FAULT
         axf_gate_leave(gate)
     if status == OK:
         o.left, o.has_tail = h.nbytes, 1
@@ -490,7 +522,7 @@ cdef int pump(seat_t* t) noexcept nogil:
             t.out.active = 0
             free(t.sending)
             t.sending = NULL
-        if total >= SHARE:
+        if total >= SHARE or axf_load(&s.closing):
             return BUSY
 
 
@@ -504,7 +536,7 @@ cdef int serve(stream_t* s) noexcept nogil:
         received = receive(t)
     if received != BROKEN and axf_load(&s.ready) & WRITABLE:
         pumped = pump(t)
-        if t.stalled and t.replies < MAX_REPLIES:
+        if t.stalled and not crowded(t):
             t.stalled = 0
             received = BUSY
     pthread_mutex_unlock(&s.lock)

@@ -36,6 +36,7 @@ cdef struct output_t:
     uint32_t tail_at
 
 
+cdef int rows_crc(const axf_cursor* rows, const uint64_t* bases, uint32_t* crc) noexcept nogil
 cdef int input_open(input_t* i) noexcept nogil
 cdef void input_close(input_t* i) noexcept nogil
 cdef int input_part(stream_t* s, input_t* i, void* to, uint32_t n) noexcept nogil

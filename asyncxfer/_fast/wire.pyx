@@ -10,7 +10,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from asyncxfer._fast.engine cimport copy_bytes
+from asyncxfer._fast.engine cimport copy_bytes, guarded
 from asyncxfer._fast.frames cimport *
 from asyncxfer._fast.native cimport *
 from asyncxfer._fast.poller cimport READABLE, WRITABLE, stream_recv, stream_send, stream_t
@@ -21,6 +21,27 @@ cdef enum:
 
 cdef unsigned char zeros[ZEROS]
 memset(zeros, 0, ZEROS)
+
+
+cdef struct summed_t:
+    axf_cursor rows
+    const uint64_t* bases
+    uint32_t crc
+
+
+cdef void add_up(void* argument) noexcept nogil:
+    cdef summed_t* s = <summed_t*>argument
+    s.crc = axf_cursor_crc(s.rows, s.bases)
+
+
+cdef int rows_crc(const axf_cursor* rows, const uint64_t* bases, uint32_t* crc) noexcept nogil:
+    """The checksum of what lies under a cursor: 0, or EFAULT when the memory is not there."""
+    cdef summed_t s
+    s.rows, s.bases, s.crc = rows[0], bases, 0
+    if guarded(add_up, &s) != 0:
+        return EFAULT
+    crc[0] = s.crc
+    return 0
 
 
 cdef int input_open(input_t* i) noexcept nogil:
