@@ -16,7 +16,7 @@ import pytest
 from hosts import Host, Hosts
 from network import port_of, until_state
 from peers import Bytes, Process, Server, make_region, moving, pattern
-from stage import Cast, Op, both_ops
+from stage import Cast, Op
 
 from asyncxfer import Agent, Peer, PeerLostError, PeerState, PreSharedKey, Region, Transfer, TransferError
 
@@ -129,15 +129,16 @@ def within() -> asyncio.Timeout:
 
 @pytest.mark.parametrize("secure", [True, False], ids=["encrypted", "plain"])
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
-@pytest.mark.parametrize("mtu", [1500, 9000])
-async def test_transfers_between_hosts(hosts: Hosts, stage_of: Raise, mtu: int, family: str, secure: bool) -> None:
-    for host in (hosts.here, hosts[0]):
-        host.mtu(mtu)
+async def test_transfers_between_hosts(hosts: Hosts, stage_of: Raise, family: str, secure: bool) -> None:
     async with within():
         stage = await stage_of(secure=secure, family=family)
-        pair = await stage.pair(hosts[0], family=family)
-        for checksum in (False, True):
-            await pair.prove(checksum=checksum)
+        for mtu in (1500, 9000):
+            for host in (hosts.here, hosts[0]):
+                host.mtu(mtu)
+            pair = await stage.pair(hosts[0], family=family)
+            for checksum in (False, True):
+                await pair.prove(checksum=checksum)
+            await pair.peer.aclose()
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]"])
@@ -176,25 +177,29 @@ async def test_transfers_with_delay(hosts: Hosts, stage_of: Raise) -> None:
 # ---- cables that break --------------------------------------------------------------------------------------------
 
 
-@both_ops
 @pytest.mark.parametrize("fault", ["cut", "partition"])
-async def test_a_break_in_mid_transfer_is_waited_out(hosts: Hosts, stage_of: Raise, fault: str, op: Op) -> None:
+async def test_a_break_in_mid_transfer_is_waited_out(hosts: Hosts, stage_of: Raise, fault: str) -> None:
     async with within():
         stage = await stage_of()
         pair = await stage.pair(hosts[0])
         events = stage.here.events()
-        transfer = pair.post(op, MANY, notify=b"in spite of all")
-        await moving(transfer)
-        hosts[0].cut() if fault == "cut" else hosts[0].partition()
-        await until_state(events, PeerState.SUSPECT)
-        assert not transfer.done()
-        hosts[0].mend() if fault == "cut" else hosts[0].heal()
-        await transfer
-        await pair.other.call("expect", b"in spite of all", timeout=10)
-        if op == "put":
-            assert await pair.other.call("matches", "far", 1)
-        else:
-            assert (stage.array == pattern(2, SHAPE)).all()
+        got = np.zeros(SHAPE, np.uint8)
+        async with stage.here.register(got) as own:
+            await pair.other.call("region", "source", "ordinary", SHAPE, seed=9)
+            source = await pair.peer.region("source", timeout=5)
+            put = pair.post("put", MANY, notify=b"put in spite of all")
+            get = stage.here.get(own[MANY], source[MANY], notify=b"got in spite of all")
+            await asyncio.gather(moving(put), moving(get))
+            hosts[0].cut() if fault == "cut" else hosts[0].partition()
+            await until_state(events, PeerState.SUSPECT)
+            assert not put.done()
+            assert not get.done()
+            hosts[0].mend() if fault == "cut" else hosts[0].heal()
+            await asyncio.gather(put, get)
+        for tag in (b"put in spite of all", b"got in spite of all"):
+            await pair.other.call("expect", tag, timeout=10)
+        assert await pair.other.call("matches", "far", 1)
+        assert (got == pattern(9, SHAPE)).all()
         await pair.prove()
         assert pair.peer.state is PeerState.JOINED
 
@@ -320,23 +325,25 @@ async def test_a_port_scanner_harms_nobody(hosts: Hosts, stage_of: Raise, secure
 # ---- ends that both sides learn of ---------------------------------------------------------------------------------
 
 
-@both_ops
 @pytest.mark.parametrize("how", ["kill", "cancel"])
-async def test_the_receiver_learns_that_the_sender_gave_up(hosts: Hosts, stage_of: Raise, how: str, op: Op) -> None:
+async def test_the_receiver_learns_that_the_sender_gave_up(hosts: Hosts, stage_of: Raise, how: str) -> None:
     async with within():
         stage = await stage_of(lost_after=1.0, handshake_timeout=0.5)
         other, _ = await stage.start(hosts[0])
         await other.call("connect", stage.here.metadata())
-        await other.call("begin", "t", op, "far", MANY, "near", MANY, peer="here", notify=b"done", wait=True)
-        waiting = asyncio.ensure_future(stage.here.expect(b"done", peer="there"))
+        waiting = []
+        for op in ("put", "get"):
+            tag = op.encode()
+            await other.call("begin", op, op, "far", MANY, "near", MANY, peer="here", notify=tag, wait=True)
+            waiting.append(asyncio.ensure_future(stage.here.expect(tag, peer="there")))
         if how == "kill":
             other.kill()
-            with pytest.raises(PeerLostError, match="peer 'there', generation"):
-                await waiting
-        else:
-            await other.call("cancel", "t")
-            with pytest.raises(TransferError, match="the transfer of 'there' that was to notify b'done' has failed"):
-                await waiting
+        for op, told in zip(("put", "get"), waiting, strict=True):
+            if how == "cancel":
+                await other.call("cancel", op)
+            words = "peer 'there', generation" if how == "kill" else f"that was to notify b'{op}' has failed"
+            with pytest.raises(PeerLostError if how == "kill" else TransferError, match=words):
+                await told
         stage.array[:] = 7
         await asyncio.sleep(0.05)
         assert (stage.array == 7).all(), "written to after the end"
