@@ -75,6 +75,7 @@ cdef struct lane_t:             # what a group keeps for one connection
     int up
     entry_t* entries            # a ring: first `sent` that are not answered, then those to be sent
     uint32_t first, count, sent
+    uint64_t answers            # that have come, whichever connection it was
     uint64_t getting            # bytes that gets have asked for and that have not come
     output_t out
     flight_t* out_flight
@@ -527,6 +528,7 @@ cdef void conclude(lane_t* lane) noexcept nogil:
     lane.first = (lane.first + 1) % WINDOW
     lane.count -= 1
     lane.sent -= 1
+    lane.answers += 1
     lane.getting -= entry.get_bytes
     f = lane.in_flight
     if f != NULL:
@@ -846,6 +848,12 @@ cdef class Group:
     def up(self) -> list[int]:
         """The indices of the connections that are there."""
         return [n for n in range(self.g.nlanes) if self.g.lanes[n].up]
+
+    def answers(self, int index) -> int:
+        """How many requests have been answered over the connections of this index."""
+        if not 0 <= index < self.g.nlanes:
+            raise IndexError(f"connection {index} of {self.g.nlanes}")
+        return self.g.lanes[index].answers
 
     def fail(self) -> None:
         """The peer is gone: end what is in flight, as soon as its buffers are quiescent."""

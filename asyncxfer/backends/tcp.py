@@ -64,7 +64,7 @@ class _Endpoint(Endpoint):
         self._dial = dial
         self._number = backend.enter(self._on_message)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._made: dict[int, float] = {}  # when, on the loop's clock
+        self._answers: dict[int, int] = {}  # when a connection was made
         self._delays: dict[int, float] = {}
         self.streams = backend.streams
         self.group = Group(backend.mailbox, self._number, info.link, self.streams)
@@ -82,7 +82,7 @@ class _Endpoint(Endpoint):
         except BaseException:
             os.close(stream.fd)
             raise
-        self._made[index] = asyncio.get_running_loop().time()
+        self._answers[index] = self.group.answers(index)
 
     def _on_message(self, kind: int, text: bytes) -> None:
         if kind == initiator.LOST and self._info.link.alive:
@@ -91,9 +91,9 @@ class _Endpoint(Endpoint):
             task.add_done_callback(self._tasks.discard)
 
     async def _replace(self, index: int) -> None:
-        # At once, unless it was lost soon after it was made: who takes connections to drop them is asked rarely.
-        lived = asyncio.get_running_loop().time() - self._made[index]
-        delay = 0.0 if lived > _LONGEST_DELAY else self._delays.get(index, 0.0)
+        # At once, unless nothing was answered over it: who takes connections to drop them is asked rarely.
+        served = self.group.answers(index) > self._answers[index]
+        delay = 0.0 if served else self._delays.get(index, 0.0)
         while self._info.link.alive:
             if delay:
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
