@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Peers"]
 
+_NAMES_KEPT = 16_384  # whose restart is told from a first start
+
 
 class Peers:
     """The peers of one agent.
@@ -292,8 +294,10 @@ class Peers:
     # ---- events ---------------------------------------------------------------------------------------------------
 
     def _joined(self, name: str, generation: int) -> None:
-        known = self._generations.get(name)
+        known = self._generations.pop(name, None)
         self._generations[name] = generation
+        if len(self._generations) > _NAMES_KEPT:
+            del self._generations[next(iter(self._generations))]
         self._present[name, generation] = self._present.get((name, generation), 0) + 1
         if self._present[name, generation] == 1:
             restarted = known is not None and known != generation

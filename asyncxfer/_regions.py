@@ -181,7 +181,8 @@ class Regions:
         drained = await asyncio.gather(*(self._drained(incoming, region.slot) for incoming in inside))
         late = [incoming for incoming, empty in zip(inside, drained, strict=True) if not empty]
         for incoming in shown:
-            if incoming not in late:
+            granted_anew = region.closed is None and region.grants.of(incoming.name) is not None
+            if incoming not in late and not granted_anew:
                 incoming.services.shut(region.slot)
         return late
 
