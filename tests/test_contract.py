@@ -77,13 +77,6 @@ class TestTcpEncrypted(TestTcp):
     options: ClassVar[dict[str, Any]] = {**TestTcp.options, "credentials": PreSharedKey(SECRET)}
 
 
-class TestTcpBesideUnix(BetweenProcesses):
-    """Data over loopback, control over a Unix socket."""
-
-    route = "tcp"
-    process_options: ClassVar[dict[str, Any]] = {"listen": "tcp://127.0.0.1:0"}
-
-
 class TestThirdParty(BackendContract):
     """A backend in pure Python that imports only asyncxfer.abc."""
 

@@ -1,8 +1,9 @@
-"""Two hundred and fifty rounds of faults on each loop, between two hosts: no hang, no wrong byte, nothing left behind.
+"""Rounds of faults on each loop, between two hosts: no hang, no wrong byte, nothing left behind.
 
 A round posts puts and gets to the agent of another host and then loses, delays or parts what is on the cable, pulls it
 out, stops or kills the other process, or cancels, at a random moment and in random order. The connections are
-encrypted. The seed is printed, and `ASYNCXFER_KILL_SEED` sets it.
+encrypted. The seed is printed, and `ASYNCXFER_KILL_SEED` sets it; `FAULT_ROUNDS=250` plays as many rounds on each loop as
+before a release.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stage import Cast
 
 from asyncxfer import Agent, Done, Peer, PeerLostError, PreSharedKey, Region, Transfer, TransferTimeout
 
-ROUNDS = 250  # on each loop
+ROUNDS = int(os.environ.get("FAULT_ROUNDS", "60"))  # on each loop
 SHAPE = (64, 1 << 14)
 SECRET = "what only these two hosts know"
 CONFIG = {"suspect_after": 0.5, "close_timeout": 0.5, "lost_after": 5.0}
@@ -191,4 +192,5 @@ async def test_fault_rounds(network: Network, loop_name: str) -> None:
             raise
     print(f"{loop_name}: {dict(tally)}")  # noqa: T201
     assert tally["done"] > ROUNDS / 2
-    assert all(tally[word] for word in (*FAULTS, "cancelled", "lost", "late"))
+    if ROUNDS >= 200:
+        assert all(tally[word] for word in (*FAULTS, "cancelled", "lost", "late"))
