@@ -89,6 +89,12 @@ def _is_async(function: object) -> bool:
     return inspect.iscoroutinefunction(function)
 
 
+def pytest_collection_finish() -> None:
+    """Set aside what imports and collection have made, which every search for leaks would walk through again."""
+    gc.collect()
+    gc.freeze()
+
+
 # ---- leaks --------------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,8 @@
 
 A round posts puts and gets to the agent of another host and then loses, delays or parts what is on the cable, pulls it
 out, stops or kills the other process, or cancels, at a random moment and in random order. The connections are
-encrypted. The seed is printed, and `ASYNCXFER_KILL_SEED` sets it; `FAULT_ROUNDS=250` plays as many rounds on each loop as
-before a release.
+encrypted. The seed is printed, and `ASYNCXFER_KILL_SEED` sets it; `FAULT_ROUNDS=250` plays that many on each loop,
+as before a release.
 """
 
 from __future__ import annotations
