@@ -42,6 +42,9 @@ cdef extern from *:
     """
     void set_errno "axf_set_errno"(int error) noexcept nogil
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef extern from "frames.h" nogil:
     struct iovec:
         void* iov_base
@@ -54,6 +57,11 @@ cdef extern from "frames.h" nogil:
 cdef enum:
     MAX_THREADS = 64
     EVENTS = 64
+    LINGER_NS = 50_000          # for what may come next, after a visit that was as short as
+    SMALL_NS = 30_000
+    KEPT_NS = 300_000
+    FIRST_PAUSE_NS = 100_000_000
+    LONGEST_PAUSE_NS = 1_000_000_000
     STAGE = 65536               # bytes that are encrypted at a time
     MAIL_BYTES = 8 << 20
     MAIL_EACH = 256             # what a message counts as beside its text: about what it becomes in Python
@@ -204,7 +212,7 @@ cdef void* run(void* arg) noexcept nogil:
     cdef stream_t* s
     cdef stream_t* mark
     cdef uint64_t drained
-    cdef int64_t due
+    cdef int64_t due, began, now, until = 0, alone = 0, pause = FIRST_PAUSE_NS
     cdef int n, i, wait, bits
     while True:
         axf_store(&t.awake, 1)
@@ -219,11 +227,24 @@ cdef void* run(void* arg) noexcept nogil:
             pthread_mutex_unlock(&t.lock)
             break
         pthread_mutex_unlock(&t.lock)
+        began = axf_now()
         if s != NULL:
             visit(t, s)
         due = tick(t)
         wait = 0
-        if s == NULL:
+        now = axf_now()
+        if s != NULL:
+            until = now + LINGER_NS if now - began < SMALL_NS else 0
+        elif now < until and now >= alone:
+            # What comes next often comes soon, and a core that sleeps takes longer to wake than this. Who else wants the
+            # core gets it, and if it is kept for long, there is no lingering for a while.
+            sched_yield()
+            if axf_now() - now > KEPT_NS:
+                alone = now + pause
+                pause = min(4 * pause, LONGEST_PAUSE_NS)
+            elif pause > FIRST_PAUSE_NS:
+                pause -= pause >> 10
+        else:
             # What was asked for before `awake` is 0 is seen now; what comes later writes to the eventfd.
             axf_store(&t.awake, 0)
             pthread_mutex_lock(&t.lock)
