@@ -214,6 +214,7 @@ cdef void* run(void* arg) noexcept nogil:
     cdef uint64_t drained
     cdef int64_t due, began, now, until = 0, alone = 0, pause = FIRST_PAUSE_NS
     cdef int n, i, wait, bits
+    axf_be_patient()            # event loops go first
     while True:
         axf_store(&t.awake, 1)
         pthread_mutex_lock(&t.lock)
