@@ -210,7 +210,6 @@ cdef void* run(void* arg) noexcept nogil:
     cdef thread_t* t = <thread_t*>arg
     cdef epoll_event events[EVENTS]
     cdef stream_t* s
-    cdef stream_t* mark
     cdef uint64_t drained
     cdef int64_t due, began, now, until = 0, alone = 0, pause = FIRST_PAUSE_NS
     cdef int n, i, wait, bits
@@ -565,16 +564,8 @@ def acquire(int count) -> None:
     """Take part, with at least so many threads."""
     global users, wanted
     users += 1
-    if users == 1 or not started_any():
+    if users == 1 or not running():
         wanted = max(wanted, min(max(count, 1), <int>MAX_THREADS))
-
-
-cdef bint started_any() noexcept:
-    cdef int i
-    for i in range(MAX_THREADS):
-        if threads[i].running:
-            return True
-    return False
 
 
 def release() -> None:

@@ -11,7 +11,7 @@ import asyncio
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -58,7 +58,7 @@ _FIRST_DELAY, _LONGEST_DELAY = 0.01, 1.0  # seconds between attempts to replace 
 class _Endpoint(Endpoint):
     """A peer, and the connections to it; one that is lost is made again while the peer is there."""
 
-    def __init__(self, backend: TcpBackend, info: PeerInfo, dial: Callable[[int], asyncio.Future[Stream]]) -> None:
+    def __init__(self, backend: TcpBackend, info: PeerInfo, dial: Callable[[int], Awaitable[Stream]]) -> None:
         self._backend = backend
         self._info = info
         self._dial = dial
@@ -246,7 +246,7 @@ class TcpBackend(Backend):
         """
         if peer.dial is None:
             raise BackendError(f"{peer.name!r} has no TCP address (Agent(listen='tcp://...'))")
-        endpoint = _Endpoint(self, peer, peer.dial)  # type: ignore[arg-type]
+        endpoint = _Endpoint(self, peer, peer.dial)
         try:
             await endpoint.open()
         except* (PeerLostError, TransferTimeout, BackendError) as errors:
