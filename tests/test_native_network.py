@@ -518,6 +518,28 @@ def test_a_put_that_comes_twice_notifies_once(raw: tuple[Stage, Raw]) -> None:
     assert s.notes(1, within=0.05) == []
 
 
+def test_a_note_that_comes_twice_is_told_once_and_no_failure_follows(raw: tuple[Stage, Raw]) -> None:
+    s, peer = raw
+    for flags in (4, 4, 6):  # as it is, again, and word of a failure under the same number
+        peer.say(head(NOTE, runs=0, nbytes=0, chunks=0, flags=flags, tag=3), b"tag")
+        assert peer.status() == 0
+    assert s.notes(1) == [("N", b"tag")]
+    assert s.notes(1, within=0.05) == []
+
+
+def test_the_receiver_is_told_that_a_tag_will_not_come() -> None:
+    with stage(streams=1) as s:
+        s.session.hold()
+        transfer = s.post([(0, 0, 4096, 4096, 4096, 1024)], True, note=b"t")
+        assert transfer.stop(native.STATUS_CANCELLED)
+        s.wait(transfer)
+        s.session.go_on()
+        while 0 not in s.group.up():  # it was cut, since nothing was answered
+            if s.news.take():
+                s.join(0)
+        assert s.notes(1)[-1] == ("F", b"t")
+
+
 def test_a_put_that_the_initiator_gave_up_is_not_told(raw: tuple[Stage, Raw]) -> None:
     s, peer = raw
     peer.say(head(PUT, flags=4, tag=3), run(), b"tag", bytes(64), struct.pack("<II", 1, 0))
