@@ -537,7 +537,10 @@ def test_the_receiver_is_told_that_a_tag_will_not_come() -> None:
         while 0 not in s.group.up():  # it was cut, since nothing was answered
             if s.news.take():
                 s.join(0)
-        assert s.notes(1)[-1] == ("F", b"t")
+        told = s.notes(1)
+        if ("F", b"t") not in told:  # the target had read the beginning of it
+            told += s.notes(1)
+        assert [note for note in told if note[0] != "I"] == [("F", b"t")]
 
 
 def test_a_put_that_the_initiator_gave_up_is_not_told(raw: tuple[Stage, Raw]) -> None:
