@@ -228,15 +228,17 @@ class Relay:
 
     def _run(self) -> None:
         while not self._ending:
-            wait = self._watch()
-            for key, events in self._selector.select(wait):
+            ordered = False
+            for key, events in self._selector.select(self._watch()):
                 if key.fileobj is self._theirs:
-                    self._obey()
+                    ordered = True
                 elif key.fileobj is self._listener:
                     self._welcome()
                 else:
                     number, sock = key.data
                     self._carry(number, sock, events)
+            if ordered:  # at the end of the turn: an order may close what another event of it was about
+                self._obey()
 
     def _obey(self) -> None:
         self._theirs.recv(1)
