@@ -14,7 +14,7 @@ import operator
 import os
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
 
 from ._errors import ConfigError
 
@@ -36,48 +36,89 @@ class _Range(NamedTuple):
     high: float
     unit: str
 
+    def __str__(self) -> str:
+        return f"from {self.low:,} to {self.high:,} {self.unit}"
+
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int | float) and math.isfinite(number) and self.low <= number <= self.high
+
+
+class _Words(NamedTuple):
+    """The words of which a text has to be one."""
+
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " or ".join(map(repr, self.words))
+
+    def __contains__(self, text: object) -> bool:
+        return text in self.words
+
+
+class _Length(NamedTuple):
+    """How long a text may be; it is one printable line, and not empty."""
+
+    characters: int
+
+    def __str__(self) -> str:
+        return f"of 1 to {self.characters:,} printable characters"
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and bool(text.strip()) and len(text) <= self.characters and text.isprintable()
+
+
+_Limits: TypeAlias = _Range | _Words | _Length
+_NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
 
 class _Key(NamedTuple):
-    """What a field's annotation says about it: its type, whether it may be None, and its range."""
+    """What a field's annotation says about it: its type, whether it may be None, and its limits."""
 
     type: type
     optional: bool
-    range: _Range | None
+    limits: _Limits | None
 
     @property
     def expected(self) -> str:
         """The accepted values in words, for error messages."""
-        if self.range is None:
-            text = "true or false"
+        if self.limits is None:
+            text = _NOUNS[self.type]
+        elif isinstance(self.limits, _Words):
+            text = str(self.limits)
         else:
-            noun = "an integer" if self.type is int else "a number"
-            text = f"{noun} from {self.range.low:,} to {self.range.high:,} {self.range.unit}"
+            text = f"{_NOUNS[self.type]} {self.limits}"
         return f"{text}, or None to let asyncxfer choose" if self.optional else text
 
     def check(self, value: object) -> Any:
         """Return `value` in this key's own type, or raise ValueError or TypeError."""
         if value is None and self.optional:
             return None
-        if self.type is bool:
-            if not isinstance(value, bool):
+        value = self._typed(value)
+        if self.limits is not None and value not in self.limits:
+            raise ValueError
+        return value
+
+    def _typed(self, value: object) -> Any:
+        if self.type in (bool, str):
+            if not isinstance(value, self.type):
                 raise TypeError
             return value
         if isinstance(value, bool) or not isinstance(value, Real):  # True is 1 to Python, and a mistake here
             raise TypeError
-        number = operator.index(value) if self.type is int else float(value)  # type: ignore[arg-type]
-        if self.range is None or not math.isfinite(number) or not self.range.low <= number <= self.range.high:
-            raise ValueError
-        return number
+        return operator.index(value) if self.type is int else float(value)  # type: ignore[arg-type]
 
     def parse(self, text: str) -> Any:
         """Return what the environment variable's `text` stands for, or raise ValueError."""
-        text = text.strip().lower()
+        given = text.strip()
+        text = given.lower()
         if self.optional and text in ("none", "auto"):
             return None
         if self.type is bool:
             if text not in _WORDS:
                 raise ValueError
             return _WORDS[text]
+        if self.type is str:
+            return text if isinstance(self.limits, _Words) else given
         return int(text, 0) if self.type is int else float(text)
 
 
@@ -126,6 +167,20 @@ class Config:
         Notifications kept for a receiver that does not read them.
     prefault : bool
         Touch every page of a region when it is registered, so that no transfer pays for it.
+    ucx_transports : str or None
+        Transports that UCX may use, as ``UCX_TLS`` names them: ``"rc,cuda"``, ``"tcp,cma,posix"``. None: all but tcp,
+        and the backend only where one of them reaches another host or GPU.
+    ucx_devices : str or None
+        Network devices that UCX may use, as ``UCX_NET_DEVICES`` names them: ``"mlx5_0:1"``. None: all, but only ``lo``
+        where tcp is among the transports.
+    ucx_library : str or None
+        Folder, or path of its libucp, of another build of UCX than the one that comes with ucxx.
+    ucx_workers : int, workers
+        UCX workers of an agent; each has its own connection to each peer.
+    ucx_progress : {"loop", "thread"}
+        Who drives UCX: the agent's event loop, or a thread beside it.
+    ucx_keepalive : float, seconds
+        How often UCX asks whether a peer still lives.
 
     Raises
     ------
@@ -152,6 +207,12 @@ class Config:
     notification_bytes: Annotated[int, _Range(1, 32 * _KIB, "bytes")] = 32 * _KIB
     backlog_bytes: Annotated[int, _Range(64 * _KIB, _TIB, "bytes")] = 64 * _MIB
     prefault: bool = False
+    ucx_transports: Annotated[str | None, _Length(1024)] = None
+    ucx_devices: Annotated[str | None, _Length(1024)] = None
+    ucx_library: Annotated[str | None, _Length(4096)] = None
+    ucx_workers: Annotated[int, _Range(1, 16, "workers")] = 1
+    ucx_progress: Literal["loop", "thread"] = "loop"
+    ucx_keepalive: Annotated[float, _Range(0.1, 3600.0, "seconds")] = 1.0
 
     def __post_init__(self) -> None:
         for name, key in _KEYS.items():
@@ -194,6 +255,8 @@ def _read_keys(cls: type[Config]) -> dict[str, _Key]:
         hint, limits = hints[field.name], None
         if get_origin(hint) is Annotated:
             hint, limits = get_args(hint)
+        elif get_origin(hint) is Literal:
+            hint, limits = str, _Words(get_args(hint))
         options = get_args(hint) or (hint,)
         keys[field.name] = _Key(options[0], type(None) in options, limits)
     return keys

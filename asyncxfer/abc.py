@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -350,12 +350,25 @@ class Backend(abc.ABC):
     def examine(cls, config: Config) -> str:
         """Say in a line what this machine lets the backend do; asked before one is made, and by ``asyncxfer doctor``.
 
+        It is called in a thread, and may block.
+
         Raises
         ------
         BackendError
             It cannot work here; the message says what is missing and how to get it.
         """
         return "ready"
+
+    @classmethod
+    def details(cls, config: Config) -> Iterable[tuple[str, bool, str]]:
+        """Say more to ``asyncxfer doctor``, whether `examine` raises or not; it may block.
+
+        Returns
+        -------
+        iterable of (str, bool, str)
+            What was looked at, whether it is there, and what it is, or why not and what to do.
+        """
+        return ()
 
     @abc.abstractmethod
     def register(self, memory: Memory) -> Registration:

@@ -52,6 +52,9 @@ def test_explicit_wins_over_environment_wins_over_default(monkeypatch: pytest.Mo
         ("ASYNCXFER_PREFAULT", "Yes", "prefault", True),
         ("ASYNCXFER_PREFAULT", "off", "prefault", False),
         ("ASYNCXFER_PREFAULT", "", "prefault", False),
+        ("ASYNCXFER_UCX_LIBRARY", " /opt/HPC-X/ucx ", "ucx_library", "/opt/HPC-X/ucx"),
+        ("ASYNCXFER_UCX_DEVICES", "auto", "ucx_devices", None),
+        ("ASYNCXFER_UCX_PROGRESS", "Thread", "ucx_progress", "thread"),
     ],
 )
 def test_environment_text(monkeypatch: pytest.MonkeyPatch, variable: str, text: str, field: str, value: object) -> None:
@@ -79,6 +82,13 @@ def test_build_variables_are_not_configuration(monkeypatch: pytest.MonkeyPatch) 
         ({"connect_timeout": "2.5"}, ["connect_timeout", "'2.5'", "a number"]),
         ({"connect_timeout": 10**400}, ["connect_timeout", "a number"]),
         ({"notification_bytes": 32769}, ["notification_bytes", "32769", "32,768 bytes"]),
+        ({"ucx_transports": ["tcp"]}, ["ucx_transports", "['tcp']", "text of 1 to 1,024", "None"]),
+        ({"ucx_transports": " "}, ["ucx_transports", "' '", "text of 1 to 1,024 printable characters"]),
+        ({"ucx_devices": "x" * 1025}, ["ucx_devices", "1,024 printable characters"]),
+        ({"ucx_library": "/opt/ucx\n"}, ["ucx_library", "/opt/ucx\\n", "printable"]),
+        ({"ucx_progress": "spin"}, ["ucx_progress", "'spin'", "expected 'loop' or 'thread'"]),
+        ({"ucx_progress": None}, ["ucx_progress", "None", "expected 'loop' or 'thread'"]),
+        ({"ucx_workers": 17}, ["ucx_workers", "17", "1 to 16 workers"]),
     ],
 )
 def test_bad_values_name_key_value_and_range(values: dict[str, object], words: list[str]) -> None:
@@ -113,6 +123,12 @@ def test_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_malformed_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCXFER_CHUNK_ROWS", "many")
     with pytest.raises(ConfigError, match=r"ASYNCXFER_CHUNK_ROWS is 'many'; expected an integer from 1"):
+        Config.load()
+
+
+def test_a_variable_that_is_none_of_the_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCXFER_UCX_PROGRESS", "spin")
+    with pytest.raises(ConfigError, match=r"'ucx_progress' is 'spin'; expected 'loop' or 'thread'"):
         Config.load()
 
 
