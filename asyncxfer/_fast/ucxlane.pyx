@@ -83,7 +83,7 @@ cdef struct note_t:
 
 cdef struct release_t:
     release_t* next
-    uint32_t slot, epoch
+    uint64_t number
 
 
 cdef struct keys_t:
@@ -906,15 +906,6 @@ cdef int prepare_port(port_t* p) except -1:
     return 0
 
 
-def forget_port(Port port not None) -> None:
-    """Free what a port that was closed has kept for this module."""
-    free(port.p.flights)
-    port.p.flights = NULL
-    port.p.post = NULL
-    port.p.tick = NULL
-    port.p.on_answer = NULL
-
-
 cdef class Group:
     """One peer: a lane on each worker.
 
@@ -1011,13 +1002,13 @@ cdef class Group:
         while lane.releases != NULL:
             r = lane.releases
             lane.releases = r.next
-            head.slot, head.epoch = r.slot, r.epoch
+            head.seq = r.number
             port_send(lane.port, lane.ep, &head, NULL, 0, NULL, False)
             free(r)
         send_notes(lane)
         axf_store(&lane.port.attention, 1)
 
-    def release(self, uint32_t slot, uint32_t epoch) -> None:
+    def release(self, uint64_t number) -> None:
         """Tell the peer that nothing of this side touches a region any more."""
         cdef release_t* r
         cdef lane_t* lane = &self.g.lanes[0]
@@ -1029,7 +1020,7 @@ cdef class Group:
             raise MemoryError("no memory for a word to a peer")
         with nogil:
             port_lock(&port.p)
-        r.slot, r.epoch, r.next = slot, epoch, lane.releases
+        r.number, r.next = number, lane.releases
         lane.releases = r
         if lane.state == UP:
             self.go_on(0)

@@ -116,11 +116,10 @@ cdef int on_foreign(
 # ---- turns --------------------------------------------------------------------------------------------------------
 
 cdef int turn(port_t* p, int64_t budget, bint arm) noexcept nogil:
-    """1: there is more to do at once. 0: nothing until the descriptor says so, if it was to be armed."""
+    """1: there is more to do at once. 0: nothing until the descriptor says so, if it was to be armed. Holds the lock."""
     cdef int64_t now = axf_now()
     cdef int64_t until = now + budget
     cdef int more, status
-    port_lock(p)
     p.turns += 1
     while True:
         if axf_swap(&p.attention, 0) or (p.due and now >= p.due):
@@ -140,7 +139,6 @@ cdef int turn(port_t* p, int64_t budget, bint arm) noexcept nogil:
             more = 1
             if now >= until:
                 break
-    port_unlock(p)
     return more
 
 
@@ -148,11 +146,15 @@ cdef void* worker_thread(void* arg) noexcept nogil:
     cdef port_t* p = <port_t*>arg
     cdef int64_t busy = axf_now(), now, wait
     cdef pollfd event
+    cdef int more
     axf_be_patient()            # event loops go first
     event.fd, event.events = p.efd, POLLIN
     while not axf_load(&p.stopping):
         now = axf_now()
-        if turn(p, THREAD_TURN_NS, now - busy >= LINGER_NS):
+        pthread_mutex_lock(&p.lock)
+        more = turn(p, THREAD_TURN_NS, now - busy >= LINGER_NS)
+        pthread_mutex_unlock(&p.lock)
+        if more:
             busy = now
         elif now - busy >= LINGER_NS:
             wait = WATCH_NS if p.due == 0 else min(max(p.due - now, 0), <int64_t>WATCH_NS)
@@ -216,6 +218,7 @@ cdef class Port:
 
     def __exit__(self, *_) -> None:
         port_unlock(&self.p)
+        self.kick()             # a turn may have found the lock taken
 
     @property
     def threaded(self) -> bool:
@@ -251,7 +254,13 @@ cdef class Port:
             return
         self.scheduled = False
         with nogil:
-            more = turn(&self.p, TURN_NS, True)
+            if pthread_mutex_trylock(&self.p.lock) != 0:
+                more = -1
+            else:
+                more = turn(&self.p, TURN_NS, True)
+                pthread_mutex_unlock(&self.p.lock)
+        if more < 0:
+            return              # who holds the lock for long asks for a turn afterwards
         if self.queue is not None and self.p.ended != self.drained:
             self.drained = self.p.ended
             (<CompletionQueue>self.queue).drain()   # what has ended is settled in this turn of the loop
@@ -291,6 +300,23 @@ cdef class Port:
         """See to it that a turn is taken soon, and that flights are looked at in it."""
         axf_store(&self.p.attention, 1)
         self.kick()
+
+    def close_endpoint(self, uintptr_t endpoint) -> None:
+        """Close an endpoint by force, whatever UCX holds of it. With the lock held."""
+        cdef axf_ucp_param param
+        cdef void* given
+        memset(&param, 0, sizeof(param))
+        param.mask = AXF_OP_CALLBACK | AXF_OP_ARG | AXF_OP_FLAGS
+        param.flags, param.done, param.arg = AXF_CLOSE_FORCE, sent, NULL
+        given = ucp.ep_close_nbx(<void*>endpoint, &param)
+        if axf_ucp_failed(given):
+            raise BackendError(f"UCX does not close an endpoint: {_ucp.word(axf_ucp_status(given))}")
+
+    def free(self) -> None:
+        """Let go of the worker. It has been closed, and nothing else holds the worker."""
+        self.worker = None
+        free(self.p.flights)
+        self.p.flights = NULL
 
     def close(self) -> None:
         """End the turns. No endpoint is open any more."""

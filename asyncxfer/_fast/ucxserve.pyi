@@ -20,6 +20,14 @@ class UcxSession:
     def go_on(self) -> None: ...
     def hold(self) -> None: ...
     def open(
-        self, slot: int, epoch: int, bases: npt.ArrayLike, sizes: npt.ArrayLike, *, readable: bool, writable: bool
+        self,
+        slot: int,
+        epoch: int,
+        number: int,
+        bases: npt.ArrayLike,
+        sizes: npt.ArrayLike,
+        *,
+        readable: bool,
+        writable: bool,
     ) -> None: ...
     def shut(self, slot: int) -> None: ...

@@ -29,6 +29,7 @@ cdef enum:
 
 cdef struct region_t:
     uint32_t slot, epoch, nsegments
+    uint64_t number                         # by which the initiator gives it back
     int readable, writable, standing        # standing: in the gate, for an initiator on another host
     uint64_t* bases
     uint64_t* sizes
@@ -177,7 +178,6 @@ cdef void take_note(port_t* p, session_t* s, const axf_ucx_head* head, const cha
 
 cdef void on_request(port_t* p, const axf_ucx_head* head, const char* data, size_t n, void* reply) noexcept nogil:
     cdef session_t* s = <session_t*>p.sessions
-    cdef region_t* r
     cdef char* answer = NULL
     cdef uint64_t answer_bytes = 0
     cdef uint32_t i
@@ -204,9 +204,9 @@ cdef void on_request(port_t* p, const axf_ucx_head* head, const char* data, size
             answer, answer_bytes = NULL, 0
         reply_to(p, reply, head, AXF_UCX_DONE, status, head.seq, answer, answer_bytes)
     elif head.kind == AXF_UCX_RELEASE:
-        r = find(s, head.slot)
-        if r != NULL and r.epoch == head.epoch:
-            step_out(s, r)
+        for i in range(s.nregions):
+            if s.regions[i] != NULL and s.regions[i].number == head.seq:
+                step_out(s, s.regions[i])
     pthread_mutex_unlock(&s.lock)
 
 # ---- what Python calls -----------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ cdef class UcxSession:
         """Whether it has said hello over UCX."""
         return self.s.joined == 1
 
-    def open(self, uint32_t slot, uint32_t epoch, bases, sizes, *, bint readable, bint writable) -> None:
+    def open(self, uint32_t slot, uint32_t epoch, uint64_t number, bases, sizes, *, bint readable, bint writable) -> None:
         """Serve a region from now on; also in place of one of the same slot."""
         cdef const uint64_t[::1] b = np.ascontiguousarray(bases, dtype=np.uint64)
         cdef const uint64_t[::1] z = np.ascontiguousarray(sizes, dtype=np.uint64)
@@ -288,7 +288,8 @@ cdef class UcxSession:
             free_region(r)
             raise MemoryError("no memory to serve a region")
         r.sizes = r.bases + n
-        r.slot, r.epoch, r.nsegments, r.readable, r.writable = slot, epoch, n, readable, writable
+        r.slot, r.epoch, r.number, r.nsegments = slot, epoch, number, n
+        r.readable, r.writable = readable, writable
         for i in range(n):
             r.bases[i], r.sizes[i] = b[i], z[i]
         with nogil:

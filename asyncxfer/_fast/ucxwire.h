@@ -22,7 +22,7 @@ enum {
     AXF_UCX_PUT = 5,     /* request `seq`, `count` rows of `slot`; data: rows, then their bytes */
     AXF_UCX_GET = 6,     /* likewise; data: rows */
     AXF_UCX_DONE = 7,    /* answer to `seq` with a status in `what`; data: the bytes of a get */
-    AXF_UCX_RELEASE = 8  /* the initiator will not touch `slot` of `epoch` any more */
+    AXF_UCX_RELEASE = 8  /* the initiator will not touch region number `seq` any more */
 };
 
 typedef struct {

@@ -39,10 +39,11 @@ __all__ = [
     "examine",
     "findings",
     "load",
+    "native",
     "options",
     "require_ucxx",
     "resources",
-    "take_context",
+    "take",
 ]
 
 _INSTALL = "pip install 'asyncxfer[ucx-cu12]' (or ucx-cu13 with CUDA 13)"
@@ -59,7 +60,8 @@ _RDMA_DEVICES = Path("/sys/class/infiniband")
 _AT_LOAD = {"UCX_DEBUG_SIGNO": "0", "UCX_LOG_FILE": "stderr", "UCX_MEMTYPE_CACHE": "n"}
 
 _lock = threading.Lock()
-_spare: list[tuple[int, dict[str, str], Any]] = []  # at most one: process, options, context
+# At most one: process, options, number of workers; context and workers.
+_spare: list[tuple[int, dict[str, str], int, tuple[Any, list[Any]]]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +127,11 @@ def load(config: Config) -> Library:
                 f"ucx_library is {config.ucx_library!r}, and this process has another UCX loaded: {here}. "
                 "A process can use one; load that one everywhere, or start asyncxfer before what loads the other"
             )
-        native = _import(wanted)
+        module = _import(wanted)
         path = _the_only_one()
         if path is None:
             raise BackendError("ucxx was loaded, and no libucp with it: a statically linked UCX cannot be used")
-        version = ".".join(map(str, native.get_ucx_version()))
+        version = ".".join(map(str, module.get_ucx_version()))
         return Library(str(path), version, _origin(path), sys.modules["ucxx"].__version__)
 
 
@@ -308,8 +310,13 @@ def _refuse_open(devices: str, config: Config) -> None:
             )
 
 
-def take_context(config: Config) -> Any:
-    """Return a ``UCXContext`` for a backend: the one that `examine` made, where it asked the same just before.
+def native() -> Any:
+    """The native module of ucxx, once it has been loaded."""
+    return sys.modules["ucxx._lib.libucxx"]
+
+
+def take(config: Config) -> tuple[Any, list[Any]]:
+    """Return a ``UCXContext`` and its workers: those that `examine` made, where it asked the same just before.
 
     Raises
     ------
@@ -321,18 +328,29 @@ def take_context(config: Config) -> Any:
     chosen = options(config)
     with _lock:
         spare = _spare.pop() if _spare else None
-    if spare is not None and spare[:2] == (os.getpid(), chosen):
-        return spare[2]
-    return _make_context(config, chosen)
+    if spare is not None and spare[:3] == (os.getpid(), chosen, config.ucx_workers):
+        return spare[3]
+    return _make(config, chosen)
+
+
+def _make(config: Config, chosen: Mapping[str, str]) -> tuple[Any, list[Any]]:
+    context = _make_context(config, chosen)
+    return context, _make_workers(context, config)
+
+
+def _make_workers(context: Any, config: Config) -> list[Any]:
+    try:
+        return [native().UCXWorker(context, False, False) for _ in range(config.ucx_workers)]
+    except native().UCXError as error:
+        raise BackendError(f"UCX makes no worker: {error}; `asyncxfer doctor` lists what there is") from error
 
 
 def _make_context(config: Config, chosen: Mapping[str, str]) -> Any:
     """Make one. Blocks: with hardware for tens of milliseconds and more."""
-    native: Any = sys.modules["ucxx._lib.libucxx"]
-    features = (native.Feature.RMA, native.Feature.AM, native.Feature.WAKEUP)
+    features = (native().Feature.RMA, native().Feature.AM, native().Feature.WAKEUP)
     try:
-        return native.UCXContext(dict(chosen), features)
-    except native.UCXError as error:
+        return native().UCXContext(dict(chosen), features)
+    except native().UCXError as error:
         raise BackendError(
             f"UCX does not start with ucx_transports={config.ucx_transports!r}, ucx_devices={config.ucx_devices!r}: "
             f"{error}; `asyncxfer doctor` lists what there is"
@@ -392,8 +410,9 @@ def examine(config: Config) -> str:
     library = load(config)
     context = _make_context(config, chosen)
     found = check(context.info, config, library)
+    workers = _make_workers(context, config)  # now, not on an event loop
     with _lock:
-        _spare[:] = [(os.getpid(), chosen, context)]
+        _spare[:] = [(os.getpid(), chosen, config.ucx_workers, (context, workers))]
     return f"{library}: {_by_device(found)}"
 
 
