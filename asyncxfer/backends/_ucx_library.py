@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Library",
     "Resource",
+    "Started",
     "check",
     "components",
     "examine",
@@ -60,8 +61,8 @@ _RDMA_DEVICES = Path("/sys/class/infiniband")
 _AT_LOAD = {"UCX_DEBUG_SIGNO": "0", "UCX_LOG_FILE": "stderr", "UCX_MEMTYPE_CACHE": "n"}
 
 _lock = threading.Lock()
-# At most one: process, options, number of workers; context and workers.
-_spare: list[tuple[int, dict[str, str], int, tuple[Any, list[Any]]]] = []
+# At most one, with the process, the options and the number of workers that it was made with.
+_spare: list[tuple[int, dict[str, str], int, Started]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,14 @@ class Library:
 
     def __str__(self) -> str:
         return f"UCX {self.version} ({self.origin})"
+
+
+class Started(NamedTuple):
+    """A context of UCXX, and workers of it."""
+
+    library: Library
+    context: Any
+    workers: list[Any]
 
 
 class Resource(NamedTuple):
@@ -315,8 +324,8 @@ def native() -> Any:
     return sys.modules["ucxx._lib.libucxx"]
 
 
-def take(config: Config) -> tuple[Any, list[Any]]:
-    """Return a ``UCXContext`` and its workers: those that `examine` made, where it asked the same just before.
+def take(config: Config) -> Started:
+    """Return what a backend works with: what `examine` has made, where it was asked the same just before.
 
     Raises
     ------
@@ -330,12 +339,9 @@ def take(config: Config) -> tuple[Any, list[Any]]:
         spare = _spare.pop() if _spare else None
     if spare is not None and spare[:3] == (os.getpid(), chosen, config.ucx_workers):
         return spare[3]
-    return _make(config, chosen)
-
-
-def _make(config: Config, chosen: Mapping[str, str]) -> tuple[Any, list[Any]]:
+    library = load(config)
     context = _make_context(config, chosen)
-    return context, _make_workers(context, config)
+    return Started(library, context, _make_workers(context, config))
 
 
 def _make_workers(context: Any, config: Config) -> list[Any]:
@@ -412,7 +418,7 @@ def examine(config: Config) -> str:
     found = check(context.info, config, library)
     workers = _make_workers(context, config)  # now, not on an event loop
     with _lock:
-        _spare[:] = [(os.getpid(), chosen, config.ucx_workers, (context, workers))]
+        _spare[:] = [(os.getpid(), chosen, config.ucx_workers, Started(library, context, workers))]
     return f"{library}: {_by_device(found)}"
 
 

@@ -372,8 +372,8 @@ class UcxBackend(Backend):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         engine.guard()
-        ucp.bind(_ucx_library.load(config).path)
-        self._context, self.workers = _ucx_library.take(config)
+        library, self._context, self.workers = _ucx_library.take(config)
+        ucp.bind(library.path)
         self.mailbox = Mailbox()
         self.ports = [Port(worker.handle, n, self.mailbox, worker) for n, worker in enumerate(self.workers)]
         self._loop: asyncio.AbstractEventLoop | None = None
