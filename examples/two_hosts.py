@@ -119,7 +119,7 @@ def shared(options: argparse.Namespace) -> str:
     """The options that both sides are given."""
     given = {"--credentials": options.credentials, "--secret-file": options.secret_file}
     words = [f"{option} {shlex.quote(str(path))}" for option, path in given.items() if path]
-    return " ".join([*words, *(["--tcp"] if options.tcp else [])])
+    return " ".join([*words, *(["--backend", options.backend] if options.backend else [])])
 
 
 # ---- the host that prefills ---------------------------------------------------------------------------------------
