@@ -56,9 +56,15 @@ _RDMA = ("rc_", "dc_", "ud_", "srd", "gga_")
 _RDMA_ALIASES = ("ib", "rc", "dc", "ud", "gga")
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
-# What UCX reads when it is loaded, unless the user has set it. Without: SIGHUP would stop the process for a debugger;
-# messages would go to stdout; and the type of memory would come from a cache that misses CUDA's own allocators.
-_AT_LOAD = {"UCX_DEBUG_SIGNO": "0", "UCX_LOG_FILE": "stderr", "UCX_MEMTYPE_CACHE": "n"}
+# What UCX reads when it is loaded, unless the user has set it. Without, SIGHUP would stop the process for a debugger;
+# SIGSEGV would be caught (before 1.21); messages would go to stdout; and what kind of memory an address is would come
+# from a cache that misses some of CUDA's allocators.
+_AT_LOAD = {
+    "UCX_DEBUG_SIGNO": "0",
+    "UCX_HANDLE_ERRORS": "none",
+    "UCX_LOG_FILE": "stderr",
+    "UCX_MEMTYPE_CACHE": "n",
+}
 
 _lock = threading.Lock()
 # At most one, with the process, the options and the number of workers that it was made with.
@@ -392,8 +398,8 @@ def check(info: str, config: Config, library: Library) -> list[Resource]:
         return found
     if config.ucx_transports is not None:
         raise BackendError(
-            f"ucx_transports is {config.ucx_transports!r}, and this {library} has {_by_device(found)}: none that notices "
-            "the end of a peer; add rc, dc, ud or srd (RDMA), or tcp"
+            f"ucx_transports is {config.ucx_transports!r}, and this {library} has {_by_device(found)}: none of them "
+            "notices the end of a peer; add rc, dc, ud or srd (RDMA), or tcp"
         )
     why = "no device can be used (`ibv_devinfo`)" if "ib" in components(info) else "it was built without verbs"
     raise BackendError(f"this {library} has no transport for RDMA: {why}. docs/rdma.md says how to use another build")
