@@ -411,7 +411,13 @@ cdef void flush(flight_t* f) noexcept nogil:
 
 
 cdef bint may_go(flight_t* f, int64_t now) noexcept nogil:
-    """Whether a flight may post now; its lane is chosen here."""
+    """Whether a flight may post now. If not it waits for something, or is gone."""
+    cdef int status = axf_load(&f.op.stop)
+    if status == OK and f.op.deadline and now >= f.op.deadline:
+        status = TIMED_OUT
+    if status != OK:
+        let_go(f, status, now)
+        return False
     if f.lane.state != UP:
         return False
     if f.next_chunk == 0 and not f.inside:

@@ -126,10 +126,10 @@ class _Endpoint(Endpoint):
         self._number = backend.enter(self._on_message)
         self.group = Group(backend.ports, backend.mailbox, self._number, info.link, info.key)
         self._endpoints: dict[int, Any] = {}
-        self._closing: list[Any] = []  # what UCXX gives for a close; it must live until the lane is drained
         self._remotes: dict[int, _Remote] = {}
         self._waits: defaultdict[tuple[int, int], set[asyncio.Future[None]]] = defaultdict(set)
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._making: dict[int, asyncio.Task[None]] = {}  # goes on in its thread when who waits is cancelled
         self.direct = False
 
     # -- endpoints
@@ -147,7 +147,8 @@ class _Endpoint(Endpoint):
         """Make an endpoint, and wait until the peer has answered over it."""
         welcomed = self._wait(ucxlane.WELCOMED, index)
         try:
-            await asyncio.shield(asyncio.to_thread(self._make, index))
+            self._making[index] = asyncio.ensure_future(asyncio.to_thread(self._make, index))
+            await asyncio.shield(self._making[index])
             self._backend.ports[index].schedule()
             await asyncio.wait_for(welcomed, self._backend.config.handshake_timeout)
         except TimeoutError:
@@ -180,26 +181,24 @@ class _Endpoint(Endpoint):
         """Close an endpoint by force, and wait until UCX holds on to nothing of it."""
         drained = self._wait(ucxlane.DRAINED, index)
         try:
-            self._close_lane(index)
+            await asyncio.to_thread(self._unmake, index)
             if self.group.holds(index):
                 await drained
         finally:
             self._waits[ucxlane.DRAINED, index].discard(drained)
-        with self._backend.ports[index]:
-            for remote in self._remotes.values():
-                remote.keys.drop(index)
-        self._closing.clear()
 
-    def _close_lane(self, index: int) -> None:
+    def _unmake(self, index: int) -> None:
+        """In a thread: UCX says farewell before it lets go."""
         endpoint = self._endpoints.pop(index, None)
         port = self._backend.ports[index]
         with port:
             self.group.detach(index)
             if endpoint is not None and endpoint.alive:
-                self._closing.append((endpoint, endpoint.close()))
+                endpoint.close_blocking()
             elif endpoint is not None:  # UCXX has heard of its error, and leaves it to whoever looks
                 port.close_endpoint(endpoint.handle)
-                self._closing.append(endpoint)
+            for remote in list(self._remotes.values()):
+                remote.keys.drop(index)
         port.rouse()
 
     def _wait(self, kind: int, index: int) -> asyncio.Future[None]:
@@ -226,7 +225,7 @@ class _Endpoint(Endpoint):
         until = loop.time() + self._backend.config.lost_after
         delay = 0.0
         while self._info.link.alive:
-            await self._take_down(index)
+            await asyncio.shield(self._take_down(index))
             if delay:
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
             delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)
@@ -302,7 +301,7 @@ class _Endpoint(Endpoint):
         self._backend.bury(self._bury())
 
     async def _bury(self) -> None:
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), *self._making.values(), return_exceptions=True)
         for index in range(self.group.lanes):
             await self._take_down(index)
         self._backend.leave(self._number)
