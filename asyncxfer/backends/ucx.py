@@ -527,6 +527,8 @@ class UcxBackend(Backend):
             epoch=request.epoch,
             chunk_bytes=min(config.chunk_bytes, _PACKED_CHUNK_BYTES) if packed else config.chunk_bytes,
             chunk_rows=min(config.chunk_rows, 1024),
+            small_bytes=config.inline_bytes,
+            small_rows=config.inline_rows,
             keep=(local, remote, request.keep),
         )
 
