@@ -341,9 +341,9 @@ cdef class Port:
             self.p.threaded = 0
         elif self.loop is not None:
             self.loop.remove_reader(self.p.efd)
-            for timer in (self.timer, self.watchdog):
-                if timer is not None:
-                    timer.cancel()
+        for timer in (self.timer, self.watchdog):
+            if timer is not None:
+                timer.cancel()
         self.timer = self.watchdog = self.loop = None
 
     def forget(self) -> None:

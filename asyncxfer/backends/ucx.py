@@ -149,7 +149,7 @@ class _Endpoint(Endpoint):
         try:
             self._making[index] = asyncio.ensure_future(asyncio.to_thread(self._make, index))
             await asyncio.shield(self._making[index])
-            self._backend.ports[index].schedule()
+            self._backend.ports[index].rouse()
             await asyncio.wait_for(welcomed, self._backend.config.handshake_timeout)
         except TimeoutError:
             raise BackendError(
