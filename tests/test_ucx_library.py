@@ -235,6 +235,24 @@ def test_an_alias_gives_the_symbols_of_what_it_is_made_from(tmp_path: Path) -> N
         load_as("libaxf-test.so.2", [short])
 
 
+@needs_ucxx
+def test_a_child_of_a_process_that_uses_ucx_is_told_so() -> None:
+    code = """
+    config = Config(ucx_transports="tcp,cma,posix")
+    ucx.examine(config)
+    if not (pid := os.fork()):
+        try:
+            ucx.take_context(config)
+        except BackendError as error:
+            tell(error=str(error))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    ucx.take_context(config)  # the parent goes on
+    """
+    told, _ = run(code)
+    assert told["error"].startswith("UCX was started before this process was forked")
+
+
 # ---- what a context is made with ----------------------------------------------------------------------------------
 
 ALWAYS = {"RNDV_THRESH": "inf", "KEEPALIVE_INTERVAL": "1s"}

@@ -65,7 +65,8 @@ _AT_LOAD = {
 }
 
 _lock = threading.Lock()
-_spare: list[tuple[int, dict[str, str], Any]] = []  # at most one: process, options, context
+_spare: list[tuple[dict[str, str], Any]] = []  # at most one: options, context
+_first_process = 0  # the one that made a context first
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,13 +328,20 @@ def take_context(config: Config) -> Any:
     chosen = options(config)
     with _lock:
         spare = _spare.pop() if _spare else None
-    if spare is not None and spare[:2] == (os.getpid(), chosen):
-        return spare[2]
+    if spare is not None and spare[0] == chosen:
+        return spare[1]
     return _make_context(config, chosen)
 
 
 def _make_context(config: Config, chosen: Mapping[str, str]) -> Any:
     """Make one. Blocks: with hardware for tens of milliseconds and more."""
+    global _first_process
+    _first_process = _first_process or os.getpid()
+    if _first_process != os.getpid():
+        raise BackendError(
+            "UCX was started before this process was forked, and its thread has stayed in the parent; fork before the "
+            "first agent, or start processes by 'spawn'"
+        )
     native: Any = sys.modules["ucxx._lib.libucxx"]
     features = (native.Feature.RMA, native.Feature.AM, native.Feature.WAKEUP)
     try:
@@ -343,6 +351,18 @@ def _make_context(config: Config, chosen: Mapping[str, str]) -> Any:
             f"UCX does not start with ucx_transports={config.ucx_transports!r}, ucx_devices={config.ucx_devices!r}: "
             f"{error}; `asyncxfer doctor` lists what there is"
         ) from error
+
+
+def _after_fork() -> None:
+    """In a child: another thread of the parent may have been loading, and the parent's context is the parent's."""
+    global _lock
+    _lock = threading.Lock()
+    _parents.extend(_spare)
+    _spare.clear()
+
+
+_parents: list[object] = []  # kept: to end a context here would be to end it with a thread that is not here
+os.register_at_fork(after_in_child=_after_fork)
 
 
 # ---- what a context offers ----------------------------------------------------------------------------------------
@@ -399,7 +419,7 @@ def examine(config: Config) -> str:
     context = _make_context(config, chosen)
     found = check(context.info, config, library)
     with _lock:
-        _spare[:] = [(os.getpid(), chosen, context)]
+        _spare[:] = [(chosen, context)]
     return f"{library}: {_by_device(found)}"
 
 
