@@ -131,7 +131,10 @@ class Agent:
         if self._live is not None:
             raise ConfigError(f"agent {self.name!r} was started before; an agent lives once")
         loop = asyncio.get_running_loop()
-        backends, refused = _plugins.load(self._wanted, self.config)
+        found, refused = await self._find_backends()
+        if self._live is not None:
+            raise ConfigError(f"agent {self.name!r} was started twice at once; an agent lives once")
+        backends = _plugins.make(found, self.config)
         flights = Flights(loop, _loops.acquire(loop), self.config.notification_bytes)
         probe = self._probe.ctypes.data, self._probe.tobytes()
         peers = Peers(self.name, probe, backends, flights, self._credentials, self.config)
@@ -145,6 +148,16 @@ class Agent:
             await self._end("the agent could not be started")
             raise
         return self
+
+    async def _find_backends(self) -> tuple[list[type[Backend] | Backend], dict[str, str]]:
+        """Find them in a thread that ends with it: it may take a second."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        thread = ThreadPoolExecutor(1, thread_name_prefix="axf-find")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, _plugins.find, self._wanted, self.config)
+        finally:
+            thread.shutdown(wait=False)
 
     async def aclose(self) -> None:
         """Let what is in flight end, leave all peers, close all regions and backends. Again does nothing.

@@ -20,7 +20,7 @@ from ._address import Listening
 from ._channel import Channel
 from ._config import Config
 from ._data import Asked, Sealing, Wire, accept, answer
-from ._errors import MetadataError, PeerLostError
+from ._errors import BackendError, MetadataError, PeerLostError
 from ._fast.link import SLOTS, GatePage
 from ._letters import Received
 from ._listener import Listener, bind
@@ -122,7 +122,7 @@ class Incoming:
         self.remote = remote
         self.session, self.secret = _proof.session()
         self.page = GatePage()
-        self.services = Services(acceptor.backends, self.page, self._told)
+        self.services = Services(acceptor.backends, self.page, self._told, self.secret, remote=remote)
         self.kept: dict[int, object] = {}
         self.gone = False
         self.draining: set[int] = set()
@@ -218,13 +218,14 @@ class Incoming:
             self._over(f"its connection broke, and generation {generation} has taken its place")
 
     def _over(self, why: str) -> None:
-        self._let_go()
+        self.let_go()
         for slot in self.draining:
             self.page.wake(slot)
         self.kept.clear()
         self._acceptor.forget(self, why, on_purpose=self._leaving is not None)
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """End the connection and the services without a word to anybody."""
         for timer in (self._patience, self._watch):
             if timer is not None:
                 timer.cancel()
@@ -236,7 +237,7 @@ class Incoming:
     def close(self) -> None:
         """Say goodbye, and end the connection without a word to the agent."""
         self.channel.send(encode_frame(Bye("it was closed")))
-        self._let_go()
+        self.let_go()
 
     def drop(self) -> None:
         """In a forked child: let go of the descriptors."""
@@ -410,7 +411,7 @@ class Acceptor:
             _refuse(channel, f"it is {me.name!r}, generation {me.generation}, and knows of no such connection")
         for older in [other for other in self._named(hello.name) if other.generation < hello.generation]:
             older.replaced(hello.generation)
-        incoming = known or Incoming(self, channel, hello, remote=remote)
+        incoming = known or self._join(channel, hello, remote=remote)
         self.incoming.add(incoming)
         self._sessions[incoming.session] = incoming
         address, value = (0, b"") if remote else self._probe
@@ -429,6 +430,19 @@ class Acceptor:
             self.events.on_joined(incoming)
         else:
             self.events.on_connection()
+
+    def _join(self, channel: AnyChannel, hello: Hello, *, remote: bool) -> Incoming:
+        incoming = Incoming(self, channel, hello, remote=remote)
+        if self._paused:
+            incoming.services.pause()
+        try:
+            incoming.services.join()
+        except BaseException as error:
+            if isinstance(error, BackendError):
+                channel.send(encode_frame(Refused(str(error)[:1000])))
+            incoming.let_go()
+            raise
+        return incoming
 
     def _show(self, region: Region, incoming: Incoming) -> None:
         access = region.grants.of(incoming.name)

@@ -41,7 +41,8 @@ class Finding(NamedTuple):
 
     Attributes
     ----------
-    area : {"system", "memory", "backend", "optional"}
+    area : {"system", "memory", "backend", "optional"} or str
+        The name of a backend where it is a detail of that.
     name : str
     ok : bool
     detail : str
@@ -132,11 +133,14 @@ def _backends() -> Iterator[Finding]:
     for name, point in _plugins.available().items():
         try:
             backend_class = point.load()
-            detail = backend_class.examine(config)
-        except (ImportError, AttributeError, BackendError) as error:
+        except (ImportError, AttributeError) as error:
             yield Finding("backend", name, False, str(error))
-        else:
-            yield Finding("backend", name, True, detail)
+            continue
+        try:
+            yield Finding("backend", name, True, backend_class.examine(config))
+        except XferError as error:
+            yield Finding("backend", name, False, str(error))
+        yield from (Finding(name, *detail) for detail in backend_class.details(config))
 
 
 def _extras() -> Iterator[Finding]:

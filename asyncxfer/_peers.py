@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from . import _identity
+from . import _identity, _proof
 from ._address import Listening
 from ._channel import Channel
 from ._config import Config
@@ -120,7 +120,7 @@ class Peers:
             link = _make_link(outgoing)
             link.post = line.letters.post if outgoing.remote else None
             peer = Peer(metadata, _info(metadata, welcome, link), notify=self._notify, leave=self.leave)
-            await self._reach(peer, line, welcome.backends)
+            await self._reach(peer, line, welcome)
         except BaseException:
             await line.close("it was not followed")
             outgoing.abandon()
@@ -146,14 +146,15 @@ class Peers:
         if outgoing.remote:
             line.letters.attach(outgoing.channel)
 
-    async def _reach(self, peer: Peer, line: Line, addresses: Mapping[str, bytes]) -> None:
+    async def _reach(self, peer: Peer, line: Line, welcome: Welcome) -> None:
         for backend in self._backends.values():
             if peer.info.reach > backend.capabilities.reach:
                 peer.refusals[backend.name] = f"reaches no farther than {backend.capabilities.reach.name.lower()}"
                 continue
             try:
                 dial = partial(line.data, backend.name) if line.networked else None
-                info = replace(peer.info, address=addresses.get(backend.name, b""), dial=dial)
+                address, key = welcome.backends.get(backend.name, b""), _proof.key(welcome.secret, backend.name)
+                info = replace(peer.info, address=address, dial=dial, key=key)
                 peer.endpoints[backend.name] = await backend.connect(info)
             except BackendError as error:
                 peer.refusals[backend.name] = str(error)

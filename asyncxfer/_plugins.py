@@ -15,13 +15,14 @@ from .abc import Backend
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["GROUP", "BackendSpec", "available", "load"]
+__all__ = ["GROUP", "BackendSpec", "available", "find", "make"]
 
 GROUP = "asyncxfer.backends"
 _SHIPPED = {
     "local": "asyncxfer.backends.local:LocalBackend",
     "shm": "asyncxfer.backends.shm:ShmBackend",
     "tcp": "asyncxfer.backends.tcp:TcpBackend",
+    "ucx": "asyncxfer.backends.ucx:UcxBackend",
 }
 
 BackendSpec: TypeAlias = str | type[Backend] | Backend
@@ -37,8 +38,8 @@ def available() -> dict[str, EntryPoint]:
     return found
 
 
-def load(wanted: Iterable[BackendSpec] | None, config: Config) -> tuple[dict[str, Backend], dict[str, str]]:
-    """Make the backends of one agent.
+def find(wanted: Iterable[BackendSpec] | None, config: Config) -> tuple[list[type[Backend] | Backend], dict[str, str]]:
+    """Find the backends of one agent and ask them whether they work here. Blocks: libraries are read and imported.
 
     Parameters
     ----------
@@ -47,7 +48,8 @@ def load(wanted: Iterable[BackendSpec] | None, config: Config) -> tuple[dict[str
 
     Returns
     -------
-    backends : dict of str to Backend
+    found : list of type or Backend
+        For `make`.
     refused : dict of str to str
         Why the others did not load.
 
@@ -58,11 +60,14 @@ def load(wanted: Iterable[BackendSpec] | None, config: Config) -> tuple[dict[str
     """
     points = available()
     if wanted is None:
-        ready, refused = _all_that_work(points, config)
-    else:
-        ready, refused = [_resolve(spec, points, config) for spec in wanted], {}
-    made = [spec if isinstance(spec, Backend) else spec(config) for spec in ready]  # none before all are known to work
-    return {backend.name: backend for backend in made}, refused
+        return _all_that_work(points, config)
+    return [_resolve(spec, points, config) for spec in wanted], {}
+
+
+def make(found: Iterable[type[Backend] | Backend], config: Config) -> dict[str, Backend]:
+    """Make the backends of one agent, all of which are known to work; by name."""
+    made = [spec if isinstance(spec, Backend) else spec(config) for spec in found]
+    return {backend.name: backend for backend in made}
 
 
 def _all_that_work(

@@ -9,11 +9,23 @@ import hmac
 import os
 import struct
 
-__all__ = ["NONCE_BYTES", "PROOF_BYTES", "SECRET_BYTES", "SESSION_BYTES", "data", "matches", "resume", "session"]
+__all__ = [
+    "KEY_BYTES",
+    "NONCE_BYTES",
+    "PROOF_BYTES",
+    "SECRET_BYTES",
+    "SESSION_BYTES",
+    "data",
+    "key",
+    "matches",
+    "resume",
+    "session",
+]
 
 SESSION_BYTES = 16
 SECRET_BYTES = 32
 NONCE_BYTES = 16
+KEY_BYTES = 16
 PROOF_BYTES = 32
 
 
@@ -39,6 +51,11 @@ def data(secret: bytes, side: bytes, nonces: bytes, index: int, backend: str) ->
     backend : str
     """
     return _hmac(secret, side + nonces + struct.pack(">H", index) + backend.encode())
+
+
+def key(secret: bytes, backend: str) -> bytes:
+    """What the two sides of a backend know of each other, and nobody else: `PeerInfo.key`, and that of `serve`."""
+    return _hmac(secret, b"backend" + backend.encode())[:KEY_BYTES]
 
 
 def matches(given: bytes, expected: bytes) -> bool:

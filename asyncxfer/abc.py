@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -160,6 +160,9 @@ class PeerInfo:
     dial : callable or None
         Makes the connection of some index to the peer's backend of this name, or raises PeerLostError or
         BackendError; None for a peer that has no address on a network.
+    key : (16,) bytes
+        A secret of this session that the peer's backend of this name was given too, by `Backend.serve`, and that no
+        third party knows: by which messages over connections of the backend's own making prove whose they are.
     """
 
     name: str
@@ -170,6 +173,7 @@ class PeerInfo:
     link: Link
     address: bytes = b""
     dial: Callable[[int], Awaitable[Stream]] | None = None
+    key: bytes = field(default=b"", repr=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -221,7 +225,16 @@ class Endpoint:
         return RemoteRegistration(kind, segments)
 
     def detach(self, remote: RemoteRegistration) -> None:
-        """Forget a region that the peer has taken back, once nothing in flight uses it."""
+        """Forget a region: the peer takes it back, or is gone.
+
+        A peer that takes a region back is waiting for whoever is inside the gate, and this is called as soon as its
+        word has come: transfers that use the region may be in flight. They have to start nothing more in it and to
+        end as revoked when what they have started has ended. Where each piece passes the gate that comes of itself; a
+        backend that passes none, or enters once for many pieces, stops them here.
+
+        For a peer that is gone it is called after `lost`, when all that was in flight has ended or was waited for
+        long enough.
+        """
 
     def lost(self) -> None:
         """The peer is gone: end what is in flight to it, as soon as the buffers are quiescent. `close` follows."""
@@ -270,7 +283,10 @@ class Request:
 
 
 class Service(abc.ABC):
-    """What a backend does for one initiator that came over the network: it serves it this agent's regions."""
+    """What a backend does for one initiator: it serves it this agent's regions.
+
+    Every region that is open to the initiator is shown to it, whatever way the initiator has come.
+    """
 
     @abc.abstractmethod
     def open(self, slot: int, epoch: int, registration: Registration, access: str) -> None:
@@ -289,9 +305,15 @@ class Service(abc.ABC):
     def shut(self, slot: int) -> None:
         """Forget a region; its gate has been shut and nobody is inside."""
 
-    @abc.abstractmethod
     def adopt(self, stream: Stream) -> None:
-        """Serve requests that come over a connection of this initiator."""
+        """Serve requests that come over a connection of this initiator, made by its `PeerInfo.dial`.
+
+        Raises
+        ------
+        BackendError
+            It takes no connections, or not this one; the stream stays the caller's.
+        """
+        raise BackendError("this backend takes no connections")
 
     def pause(self) -> None:  # noqa: B027 - not every service tells notifications
         """Accept no further request until `resume`: notifications are not being read."""
@@ -318,6 +340,8 @@ class Backend(abc.ABC):
     """Whether it delivers notifications behind the data itself, and tells of failures."""
     checksums: ClassVar[bool] = False
     """Whether it can verify the bytes at their destination."""
+    joins: ClassVar[bool] = False
+    """Whether `serve` is called as soon as an initiator has joined, not only with its first connection."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -326,12 +350,25 @@ class Backend(abc.ABC):
     def examine(cls, config: Config) -> str:
         """Say in a line what this machine lets the backend do; asked before one is made, and by ``asyncxfer doctor``.
 
+        It is called in a thread, and may block.
+
         Raises
         ------
         BackendError
             It cannot work here; the message says what is missing and how to get it.
         """
         return "ready"
+
+    @classmethod
+    def details(cls, config: Config) -> Iterable[tuple[str, bool, str]]:
+        """Say more to ``asyncxfer doctor``, whether `examine` raises or not; it may block.
+
+        Returns
+        -------
+        iterable of (str, bool, str)
+            What was looked at, whether it is there, and what it is, or why not and what to do.
+        """
+        return ()
 
     @abc.abstractmethod
     def register(self, memory: Memory) -> Registration:
@@ -385,8 +422,13 @@ class Backend(abc.ABC):
         """What peers need to know of a region (a remote key, say); handed to their `Endpoint.attach`."""
         return b""
 
-    def serve(self, page: GatePage, tell: Callable[[int, bytes], None]) -> Service | None:
-        """Serve an initiator that has joined over the network; None where the backend has no connections of its own.
+    def serve(
+        self, page: GatePage, tell: Callable[[int, bytes], None], key: bytes, *, remote: bool
+    ) -> Service | None:  # fmt: skip
+        """Serve an initiator; None where the backend has no connections of its own.
+
+        It is asked for once in a session: with the first connection that the initiator makes by `PeerInfo.dial`, or
+        where `joins` is set before the initiator is answered, so before its own backend is told to connect.
 
         Parameters
         ----------
@@ -394,6 +436,16 @@ class Backend(abc.ABC):
             The gates of this agent's regions as they are open to this initiator.
         tell : callable
             Called on the agent's loop with the kind and the tag of each notification that came with data.
+        key : (16,) bytes
+            What the initiator's backend knows as `PeerInfo.key`.
+        remote : bool
+            The initiator came over a network. It has no page mapped and passes no gates, so the service does it in its
+            place, with `GatePage.enter` or in native code.
+
+        Raises
+        ------
+        BackendError
+            This initiator cannot be served. Where `joins` is set it is then not let in.
         """
         return None
 

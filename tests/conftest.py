@@ -42,9 +42,7 @@ MAY_BLOCK: tuple[tuple[str, frozenset[str]], ...] = (
     ("asyncxfer/_agent.py", frozenset({"_end"})),
     # Memory, limits and the kernel's rules: /proc and /sys again, once an allocation or a peer.
     ("asyncxfer/_sharing.py", frozenset({"_memory_facts"})),
-    ("asyncxfer/backends/shm.py", frozenset({"examine", "_refusal"})),
-    # Entry points are read, and backends imported, once when an agent starts.
-    ("asyncxfer/_plugins.py", frozenset({"available", "load"})),
+    ("asyncxfer/backends/shm.py", frozenset({"_refusal"})),
     # Three small files, once, and a library, when credentials are made.
     ("asyncxfer/_credentials.py", frozenset({"__init__", "read", "_derived", "_as_file"})),
     # What measures us has a lock of its own, which another thread under measurement may hold for a moment.

@@ -25,7 +25,8 @@ from asyncxfer.abc import (
 class EchoService(Service):
     """Echoes; remembers what it was shown."""
 
-    def __init__(self, tell: Callable[[int, bytes], None]) -> None:
+    def __init__(self, tell: Callable[[int, bytes], None], key: bytes, *, remote: bool) -> None:
+        self.key, self.remote = key, remote
         self.open_slots: dict[int, tuple[Registration, str]] = {}
         self.streams: dict[int, socket.socket] = {}
         self.tls: list[Any] = []
@@ -109,8 +110,8 @@ class EchoBackend(Backend):
     def export(self, registration: Registration) -> bytes:
         return b"%d" % len(registration.memory.segments)
 
-    def serve(self, page: Any, tell: Callable[[int, bytes], None]) -> EchoService:
-        self.services.append(EchoService(tell))
+    def serve(self, page: Any, tell: Callable[[int, bytes], None], key: bytes, *, remote: bool) -> EchoService:
+        self.services.append(EchoService(tell, key, remote=remote))
         return self.services[-1]
 
     def submit(self, prepared: Any, completion: Any, priority: int = 0) -> None:

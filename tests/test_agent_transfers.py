@@ -283,7 +283,7 @@ async def test_explain_gives_every_candidate_as_data_and_as_text(pair: Pair) -> 
     assert isinstance(explanation, Explanation)
     assert (explanation.op, explanation.nbytes, explanation.rows) == ("put", 16_384, 32)
     candidates = {candidate.route: candidate for candidate in explanation}
-    assert set(candidates) == {"local", "shm:mapped", "shm:attach", "tcp"}
+    assert set(candidates) == {"local", "shm:mapped", "shm:attach", "tcp", "ucx"}
     assert all(isinstance(candidate, Candidate) for candidate in explanation)
     local, mapped = candidates["local"], candidates["shm:mapped"]
     assert local.taken

@@ -257,7 +257,9 @@ class TcpBackend(Backend):
             raise
         return endpoint
 
-    def serve(self, page: GatePage, tell: Callable[[int, bytes], None]) -> Service | None:
+    def serve(
+        self, page: GatePage, tell: Callable[[int, bytes], None], key: bytes, *, remote: bool
+    ) -> Service | None:  # fmt: skip
         """Serve an initiator."""
         return _Service(self, page, tell)
 

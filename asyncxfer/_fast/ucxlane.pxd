@@ -1,0 +1,32 @@
+"""The initiating side over UCX."""
+
+from asyncxfer._fast.engine cimport Work
+
+
+cdef struct group_t             # the module's own
+cdef struct keys_t
+cdef struct lane_t
+
+
+cdef class Group:
+    cdef group_t* g
+    cdef object ports
+    cdef object mailbox
+    cdef object link
+
+    cdef lane_t* lane(self, int index) except NULL
+
+
+cdef class Keys:
+    cdef keys_t* k
+    cdef readonly Group group
+    cdef list packed
+
+
+cdef class UcxWork(Work):
+    cdef readonly Group group
+    cdef Keys keys
+    cdef void** memories
+    cdef int nmemories
+    cdef bint packed
+    cdef object held_memories
