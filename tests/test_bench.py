@@ -24,8 +24,24 @@ import numpy as np
 import pytest
 from hosts import missing
 
-from asyncxfer.bench import _cli, _compare, _iperf, _loop, _nixl, _notify, _pair, _pattern, _place, _report
-from asyncxfer.bench._shapes import DEFAULT_SHAPES, Case, Shape
+from asyncxfer.bench import (
+    _cli,
+    _compare,
+    _idle,
+    _iperf,
+    _loop,
+    _nixl,
+    _notify,
+    _pair,
+    _pattern,
+    _perftest,
+    _place,
+    _ports,
+    _post,
+    _report,
+    _ucx,
+)
+from asyncxfer.bench._shapes import DEFAULT_SHAPES, UCX_SHAPES, Case, Shape
 from asyncxfer.bench._ticker import Ticker, percentiles
 
 needs_nixl = pytest.mark.skipif(
@@ -34,6 +50,15 @@ needs_nixl = pytest.mark.skipif(
 
 needs_tcp = pytest.mark.skipif(
     importlib.util.find_spec("asyncxfer.backends.tcp") is None, reason="there is no backend tcp yet"
+)
+
+needs_ucx = pytest.mark.skipif(
+    importlib.util.find_spec("asyncxfer.backends.ucx") is None or not _ucx.is_installed(),
+    reason=f"there is no backend ucx, or no ucxx: {_ucx.INSTALL}",
+)
+
+needs_perftest = pytest.mark.skipif(
+    _perftest.program() is None, reason=f"ucx_perftest is not installed: {_perftest.INSTALL}"
 )
 
 SMALL = ["--shapes", "64x4KiB,1x4KiB,3x100B", "--rounds", "2", "--warmup", "1"]
@@ -139,6 +164,86 @@ def test_notify_over_tcp_beside_nixl() -> None:
     assert all(result["verified"] for result in results)
 
 
+@needs_nixl
+def test_lists_are_prepared_or_not() -> None:
+    options = ["--shapes", "100x4KiB/contiguous,40x4KiB", "--lists", "prepared,unprepared", "--memory", "ordinary"]
+    results = results_of(bench(*options, "--rounds", "1", "--peer", "nixl", "--json"))
+    cases = {(result["shape"], result["op"], result["prepared"]) for result in results}
+    assert len(results) == len(cases) == 2 * 2 * 2
+    assert all(result["ours"]["verified"] and result["nixl"]["verified"] for result in results)
+
+
+@needs_ucx
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--transports", "tcp", "--ucx-progress", "loop,thread"],
+        ["--transports", "tcp,sysv", "--uvloop", "--ucx-workers", "2"],
+    ],
+    ids=" ".join,
+)
+def test_over_ucx(options: list[str]) -> None:
+    ran = bench(*SMALL, "--over", "ucx", "--json", *options)
+    others = {"asyncxfer, thread"} if "--ucx-progress" in options else set()
+    for result in results_of(ran):
+        assert (result["memory"], result["ours"]["backend"]) == ("ordinary", "ucx")
+        measured = others | ({"ucx_perftest"} if _perftest.program() and result["shape"] == "64x4KiB" else set())
+        assert set(result["rivals"]) == measured
+        assert min(rival["seconds"] for rival in [result["ours"], *result["rivals"].values()]) > 0
+    head = json.loads(ran.stdout)
+    assert head["ucx"]["transports"] == (options[1] if options else "tcp,cma,posix")
+    assert head["versions"]["ucxx"]
+
+
+@needs_ucx
+@needs_nixl
+def test_over_ucx_beside_nixl() -> None:
+    options = ["--shapes", "50x4KiB/contiguous", "--lists", "prepared,unprepared", "--rounds", "1"]
+    for result in results_of(bench(*options, "--over", "ucx", "--peer", "nixl", "--json")):
+        assert result["ours"]["backend"] == "ucx"
+        assert result["nixl"]["verified"]
+        assert result["ratio"] > 0
+
+
+@needs_ucx
+@needs_nixl
+def test_notify_over_ucx_beside_nixl() -> None:
+    options = ["--over", "ucx", "--ucx-progress", "loop,thread", "--rounds", "1", "--peer", "nixl", "--json"]
+    results = results_of(bench("--notify", *options))
+    assert [result["system"] for result in results] == ["asyncxfer", "asyncxfer, thread", "NIXL"]
+    assert all(result["verified"] and result["over"] == "ucx" for result in results)
+
+
+@pytest.mark.parametrize("over", ["host", pytest.param("tcp", marks=needs_tcp), pytest.param("ucx", marks=needs_ucx)])
+def test_idle_mode(over: str) -> None:
+    results = results_of(bench("--idle", "0.5", "--peers", "7", "--over", over, "--json"))
+    assert [(result["system"], result["peers"]) for result in results] == [("asyncxfer", 0), ("asyncxfer", 7)]
+    for result in results:
+        assert result["seconds"] == 0.5
+        assert (result["initiators"] > 0) == (result["peers"] > 0)
+        assert 0 <= result["target_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("over", "peer"),
+    [
+        ("host", "none"),
+        pytest.param("host", "nixl", marks=needs_nixl),
+        pytest.param("ucx", "nixl", marks=[needs_ucx, needs_nixl]),
+    ],
+)
+def test_post_mode(over: str, peer: str) -> None:
+    options = ["--shapes", "40x4KiB,40x8B", "--rounds", "2", "--over", over, "--memory", "ordinary", "--peer", peer]
+    results = results_of(bench("--post", *options, "--json"))
+    assert len(results) == 2 * 2 * (1 if peer == "none" else 2)
+    for result in results:
+        assert result["verified"]
+        assert 0 < result["call_seconds_per_row"] <= result["seconds_per_row"]
+        assert len(result["called"]) == len(result["ended"]) == 16
+        assert 0 <= result["at_once"] <= 1
+
+
 def test_stall_mode() -> None:
     ran = bench("--stall", "0.2", "--shapes", "256x4KiB", "--op", "get", "--memory", "mapped", "--json")
     (result,) = results_of(ran)
@@ -164,6 +269,10 @@ def test_in_flight_mode() -> None:
         (["--op", "put,move"], "is not one of put, get"),
         (["--rounds", "0"], "less than 1"),
         (["--stall", "1", "--in-flight", "5"], "not allowed with"),
+        (["--post", "--idle", "5"], "not allowed with"),
+        (["--shapes", "4x4KiB/scattered"], "20000x4KiB/contiguous"),
+        (["--ucx-progress", "signal"], "is not one of loop, thread"),
+        (["--ucx-workers", "0"], "less than 1"),
     ],
 )
 def test_options_that_make_no_sense(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +295,7 @@ def test_missing_nixl_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 # ---- shapes and bytes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", DEFAULT_SHAPES)
+@pytest.mark.parametrize("shape", UCX_SHAPES)
 def test_shapes_read_what_they_write(shape: Shape) -> None:
     assert Shape.parse(str(shape)) == shape
     assert 1 <= shape.repeats <= 2000
@@ -196,6 +305,8 @@ def test_shape_units() -> None:
     assert Shape.parse("3x100") == Shape.parse("3x100B") == Shape(3, 100)
     assert Shape.parse("1x2gib").nbytes == 2 << 30
     assert str(Shape(3, 100)) == "3x100B"
+    assert Shape.parse("5x4KiB/contiguous") == Shape(5, 4096, contiguous=True)
+    assert set(DEFAULT_SHAPES) < set(UCX_SHAPES)
 
 
 def move(case: Case, source: _pattern.Bytes, destination: _pattern.Bytes) -> None:
@@ -204,6 +315,22 @@ def move(case: Case, source: _pattern.Bytes, destination: _pattern.Bytes) -> Non
     sources, destinations = (local, remote) if case.op == "put" else (remote, local)
     for start, end in zip(sources.tolist(), destinations.tolist(), strict=True):
         destination[end : end + case.shape.length] = source[start : start + case.shape.length]
+
+
+@pytest.mark.parametrize("op", ["put", "get"])
+def test_contiguous_rows_leave_no_gap(op: Any) -> None:
+    case = Case(Shape(50, 96, contiguous=True), "mapped", op, seed=5)
+    for order in (case.local_order(), case.remote_order()):
+        offsets, lengths = case.rows(order)
+        assert offsets.tolist() == list(range(0, case.shape.nbytes, 96))
+        assert set(lengths.tolist()) == {96}
+    source, destination = (np.zeros(case.shape.span, dtype=np.uint8) for _ in range(2))
+    _pattern.fill(source, case)
+    _pattern.blank(destination, case)
+    assert "50 of 50 rows differ, and bytes after 0 rows" in _pattern.problem(destination, case)
+    move(case, source, destination)
+    assert np.array_equal(source, destination)
+    assert _pattern.problem(destination, case) == ""
 
 
 @pytest.mark.parametrize("op", ["put", "get"])
@@ -224,7 +351,7 @@ def test_pattern_sees_what_is_wrong(op: Any, length: int) -> None:
 
 
 def test_cases_cross_a_pipe() -> None:
-    case = Case(Shape(5, 8), "ordinary", "get", seed=9)
+    case = Case(Shape(5, 8), "ordinary", "get", seed=9, prepared=False)
     assert Case.from_message(json.loads(json.dumps(case.to_message()))) == case
     assert sorted(case.remote_order().tolist()) == case.local_order().tolist()
 
@@ -311,6 +438,64 @@ def test_streams_stand_beside_large_rows_only() -> None:
         assert not _iperf.is_stream(dataclasses.replace(STREAM, shape=shape))
 
 
+@needs_perftest
+@pytest.mark.parametrize("op", ["put", "get"])
+def test_perftest(op: Any) -> None:
+    case = Case(Shape(40, 4096), "ordinary", op, 0)
+    sample = asyncio.run(_perftest.Perftest(_place.LOOPBACK, "tcp,cma,posix").sample(case))
+    check_stream(sample)
+    assert sample.backend == "UCX"
+
+
+@needs_perftest
+def test_perftest_that_fails_says_why_and_leaves_no_process() -> None:
+    with pytest.raises(_pair.BenchError, match=r"(?s)ucx_perftest (gave no figures: .*carrier-pigeon|ended before)"):
+        asyncio.run(_perftest.Perftest(_place.LOOPBACK, "carrier-pigeon").sample(STREAM))
+
+
+def test_perftest_stands_beside_what_it_can_do() -> None:
+    for text, repeated in [
+        ("256x4KiB", True),
+        ("32x64KiB", True),
+        ("1x64MiB", True),
+        ("1x4KiB", False),
+        ("16x4KiB", False),
+        ("16384x4KiB", False),
+        ("256x4KiB/contiguous", False),
+    ]:
+        case = dataclasses.replace(STREAM, shape=Shape.parse(text))
+        assert _perftest.is_repeated(case) == repeated
+        assert not _perftest.is_repeated(dataclasses.replace(case, prepared=False))
+
+
+def test_a_program_that_ends_before_it_listens() -> None:
+    async def watch() -> None:
+        process = await asyncio.create_subprocess_exec("true")
+        await process.wait()
+        with pytest.raises(_pair.BenchError, match="a program ended before it listened"):
+            await _ports.until_listening(process, _ports.free_port(), "a program")
+
+    asyncio.run(watch())
+
+
+@needs_nixl
+@pytest.mark.parametrize("transports", ["tcp", "tcp,cma,posix", "tcp,sysv"])
+def test_nixl_over_ucx(transports: str) -> None:
+    shape = Shape(64, 4096, contiguous=True)
+    told = {"uvloop": False, "over": "ucx", "nixl_thread": "spin", "transports": transports}
+
+    async def measure() -> None:
+        starting = _pair.Pair.start("nixl", told, _place.LOOPBACK, nbytes=shape.span, memories=["ordinary"])
+        async with starting as pair:
+            for prepared in (True, False):
+                case = Case(shape, "ordinary", "put", 0, prepared)
+                await pair.begin(case, warmup=1)
+                check_stream(await pair.sample(case))
+                assert await pair.finish(case) == ""
+
+    asyncio.run(measure())
+
+
 @needs_nixl
 def test_nixl_over_tcp(place: _place.Place) -> None:
     case = Case(Shape(64, 4096), "ordinary", "get", 0)
@@ -343,6 +528,32 @@ def test_options_for_tcp_only(options: list[str], capsys: pytest.CaptureFixture[
     _cli.add_arguments(parser)
     assert _cli.main(parser.parse_args(options)) == 2
     assert "is for --over tcp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--transports", "tcp"], ["--over", "tcp", "--ucx-workers", "2"], ["--ucx-progress", "thread"]]
+)
+def test_options_for_ucx_only(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    _cli.add_arguments(parser)
+    assert _cli.main(parser.parse_args(options)) == 2
+    assert "is for --over ucx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [["--post"], ["--notify"], ["--in-flight", "5"]])
+def test_modes_of_prepared_lists_only(mode: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    _cli.add_arguments(parser)
+    assert _cli.main(parser.parse_args([*mode, "--lists", "unprepared"])) == 2
+    assert "--lists unprepared is for" in capsys.readouterr().err
+
+
+def test_missing_ucxx_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_ucx, "is_installed", lambda: False)
+    parser = argparse.ArgumentParser()
+    _cli.add_arguments(parser)
+    assert _cli.main(parser.parse_args(["--over", "ucx"])) == 2
+    assert "pip install 'asyncxfer[ucx-cu12]'" in capsys.readouterr().err
 
 
 # ---- processes that fail ------------------------------------------------------------------------------------------
@@ -404,6 +615,19 @@ def test_tables_of_many_systems(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert re.search(r"NIXL +UCX +1\.12 GB/s +3\.00 ", out)
     assert re.search(r"tcp +NIXL +2\.0 us +3\.0 us +verified", out)
+
+
+def test_tables_of_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case(Shape(100, 4096), "ordinary", "put", 0)
+    _report.show(_report.post_table([_post.Posted("NIXL", case, [1e-5, 2e-5, 3e-5], [1e-3, 2e-3, 3e-3], 0.25, "")]))
+    _report.show(_report.idle_table([_idle.Idle("asyncxfer", peers, 10.0, 0.05, 0.1) for peers in (0, 50)]))
+    out = capsys.readouterr().out
+    assert re.search(r"NIXL +20\.0 us +200 ns +2000\.0 us +20000 ns +25% +verified", out)
+    assert re.search(r"asyncxfer +0 +10 +50\.0 ms +0\.500%\n", out)
+    assert re.search(r"asyncxfer +50 +10 +50\.0 ms +0\.500% +2\.0 ms +0\.020%\n", out)
+    unprepared = dataclasses.replace(a_line(), case=dataclasses.replace(case, prepared=False))
+    _report.show(_report.ucx_table([unprepared]))
+    assert "put, unprepared" in capsys.readouterr().out
 
 
 def test_other_tables(capsys: pytest.CaptureFixture[str]) -> None:

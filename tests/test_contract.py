@@ -107,6 +107,8 @@ class TestUcxSysvThreads(TestUcxCma):
 class TestUcxBetweenHosts(TestUcxCma):
     """UCX, with agents that know each other over TCP, so that no gate is shared."""
 
+    skips: ClassVar[dict[str, str]] = {"count": "nobody at the target sees what is put by RDMA"}
+
     config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,cma", "unix_socket": False, "ucx_workers": 2}
     process_options: ClassVar[dict[str, Any]] = {"listen": "tcp://127.0.0.1:0", "config": config}
     options: ClassVar[dict[str, Any]] = {"config": config}

@@ -148,6 +148,20 @@ def test_what_is_in_the_process_is_used() -> None:
 
 
 @needs_ucxx
+@pytest.mark.parametrize("wish", ["", "the wheel"])
+def test_the_wheel_that_another_package_has_loaded_is_used(wish: str) -> None:
+    code = """
+    import libucx
+    libucx.load_library()
+    library = ucx.load(Config(ucx_library=str(Path(libucx.__file__).parent) if sys.argv[1] else None))
+    tell(loaded=loaded(), path=library.path, folder=str(Path(libucx.__file__).parent), version=library.version)
+    """
+    told, _ = run(code, wish)
+    assert names(told["loaded"], told["folder"]), told["loaded"]
+    assert Path(told["path"]).is_relative_to(told["folder"])
+
+
+@needs_ucxx
 def test_the_users_own_settings_of_ucx_stay() -> None:
     code = """
     before = dict(os.environ)
@@ -192,7 +206,7 @@ def test_another_wish_than_what_is_loaded_is_refused() -> None:
 @needs_ucxx
 def test_a_folder_without_a_build_is_refused(tmp_path: Path) -> None:
     told, _ = run(REFUSED.format(before="", wish=repr(str(tmp_path)), after=""))
-    assert told["error"].startswith(f"ucx_library is {str(tmp_path)!r}: there is no libucp.so.0 in it")
+    assert told["error"].startswith(f"ucx_library is {str(tmp_path)!r}: libucm, libucs")
 
 
 @needs_ucxx
@@ -235,6 +249,24 @@ def test_an_alias_gives_the_symbols_of_what_it_is_made_from(tmp_path: Path) -> N
         load_as("libaxf-test.so.2", [short])
 
 
+@needs_ucxx
+def test_a_child_of_a_process_that_uses_ucx_is_told_so() -> None:
+    code = """
+    config = Config(ucx_transports="tcp,cma,posix")
+    ucx.examine(config)
+    if not (pid := os.fork()):
+        try:
+            ucx.take_context(config)
+        except BackendError as error:
+            tell(error=str(error))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    ucx.take_context(config)  # the parent goes on
+    """
+    told, _ = run(code)
+    assert told["error"].startswith("UCX was started before this process was forked")
+
+
 # ---- what a context is made with ----------------------------------------------------------------------------------
 
 ALWAYS = {"RNDV_THRESH": "inf", "KEEPALIVE_INTERVAL": "1s"}
@@ -268,7 +300,7 @@ def test_tcp_beyond_this_host_needs_an_open_listener(transports: str, devices: s
         ucx.options(Config(ucx_transports=transports, ucx_devices=devices))
 
 
-@pytest.mark.parametrize("transports", ["rc,tcp", "all", "^cma", "ib,tcp"])
+@pytest.mark.parametrize("transports", ["rc,tcp", "tcp,rc_mlx5", "srd,tcp", "all", "^cma", "ib,tcp"])
 def test_tcp_beside_rdma_needs_its_devices_named(transports: str) -> None:
     with pytest.raises(ConfigError, match="ucx_devices has to name the devices"):
         ucx.options(Config(ucx_transports=transports, open_listener=True))
@@ -369,3 +401,20 @@ def test_without_rdma_devices_the_reason_is_given_before_ucx_is_loaded() -> None
     told, _ = run(code)
     assert "there is no RDMA device" in told["error"] or "ucxx is not installed" in told["error"]
     assert (told["loaded"], told["imported"]) == ([], False)
+
+
+@needs_ucxx
+def test_doctor_prints_what_was_found() -> None:
+    command = [sys.executable, "-m", "asyncxfer", "doctor", "--json"]
+    clean = {name: text for name, text in os.environ.items() if not name.startswith(("ASYNCXFER_", "UCX_"))}
+    asked = clean | {"ASYNCXFER_UCX_TRANSPORTS": "tcp,cma,posix"}
+    done = subprocess.run(command, env=asked, capture_output=True, text=True, timeout=100, check=True)
+    found = {(each["area"], each["name"]): each for each in json.loads(done.stdout)}
+    assert found["backend", "ucx"]["ok"], found["backend", "ucx"]
+    assert "tcp on lo; posix, cma on memory" in found["backend", "ucx"]["detail"]
+    assert [name for area, name in found if area == "ucx"] == ["library", "transports", "verbs", "CUDA", "GDR"]
+    refused = clean | {"ASYNCXFER_UCX_TRANSPORTS": "tcp", "ASYNCXFER_UCX_DEVICES": "all"}
+    done = subprocess.run(command, env=refused, capture_output=True, text=True, timeout=100, check=True)
+    found = {(each["area"], each["name"]): each for each in json.loads(done.stdout)}
+    assert not found["backend", "ucx"]["ok"]
+    assert "open_listener=True" in found["backend", "ucx"]["detail"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -16,7 +17,8 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._shapes import DEFAULT_SHAPES, Shape
+from . import _ucx
+from ._shapes import DEFAULT_SHAPES, UCX_SHAPES, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,10 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--peer", choices=["none", "nixl"], default="none", help="what to run beside, interleaved")
     shapes = _list_of(Shape.parse)
-    add("--shapes", type=shapes, metavar="NxSIZE,...", help="rows and their size: 16384x4KiB,...")
+    add("--shapes", type=shapes, metavar="NxSIZE,...", help="rows and their size: 16384x4KiB,20000x4KiB/contiguous,...")
     memories = _list_of(_one_of("mapped", "ordinary"))
-    add("--memory", type=memories, metavar="mapped,ordinary", help="default: both; over TCP ordinary")
+    add("--memory", type=memories, metavar="mapped,ordinary", help="default: both; over TCP and UCX ordinary")
     add("--op", type=_list_of(_one_of("put", "get")), default=["put", "get"], metavar="put,get")
+    lists = "prepared: before the clock starts (default); unprepared: lists are made and checked for every transfer"
+    add("--lists", type=_list_of(_one_of("prepared", "unprepared")), default=["prepared"], metavar="...", help=lists)
     add("--rounds", type=_at_least_one, default=20, help="timed rounds a case (default 20)")
     add("--warmup", type=_at_least_one, default=3, help="rounds before those (default 3)")
     add("--seed", type=int, default=0, help="of the remote order and of the bytes")
@@ -46,8 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     thread += "millisecond), spin (off, and polled without pause); with several, each runs, and the fastest counts"
     threads = _list_of(_one_of("on", "off", "spin"))
     add("--nixl-progress-thread", type=threads, default=["on"], metavar="on,off,spin", help=thread)
-    over = "what systems may use: whatever is fastest on one host (default), or TCP, beside a plain socket and iperf3"
-    add("--over", choices=["host", "tcp"], help=over)
+    over = "what systems may use: whatever is fastest on one host (default); TCP, beside a plain socket and iperf3; or "
+    add("--over", choices=["host", "tcp", "ucx"], help=over + "UCX, beside ucx_perftest")
+    transports = f"over UCX: which of its transports everybody may use, as UCX_TLS (default {_ucx.DEFAULT_TRANSPORTS})"
+    add("--transports", metavar="UCX_TLS", help=transports)
+    driven = "over UCX: who drives it in ours; with several, each runs, and ratios are of the first (default loop)"
+    add("--ucx-progress", type=_list_of(_one_of("loop", "thread")), metavar="loop,thread", help=driven)
+    add("--ucx-workers", type=_at_least_one, metavar="N", help="over UCX: workers of an agent of ours (default 1)")
     veth = "over TCP: on loopback, or between two network namespaces joined by a veth, which needs root"
     add("--link", choices=["loopback", "veth"], default="loopback", help=veth)
     add("--mtu", type=_at_least_one, default=1500, metavar="BYTES", help="of the veth (default 1500)")
@@ -56,10 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_mutually_exclusive_group()
     told = "instead: how soon a receiver knows of a put; on one host and over TCP, or what --over says"
     modes.add_argument("--notify", action="store_true", help=told)
+    posts = "instead: how long the call takes that posts, a row, and until the transfer is done"
+    modes.add_argument("--post", action="store_true", help=posts)
+    rest = "instead: the CPU time of ours in SECONDS in which nothing happens, without and with --peers connected"
+    modes.add_argument("--idle", type=float, metavar="SECONDS", help=rest)
     late = "instead: how late the loop is in SECONDS without and with transfers back to back"
     modes.add_argument("--stall", type=float, metavar="SECONDS", help=late)
     many = "instead: this many small transfers at once, and the memory they keep"
     modes.add_argument("--in-flight", type=_at_least_one, metavar="TRANSFERS", help=many)
+    add("--peers", type=_at_least_one, default=50, metavar="N", help="with --idle: initiators (default 50)")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -86,6 +100,7 @@ def main(arguments: argparse.Namespace) -> int:
         head |= {"rounds": arguments.rounds, "nixl_progress_thread": arguments.nixl_progress_thread}
         head |= {"over": arguments.over or "host", "link": options.place.link}
         head |= {"tls": arguments.tls, "checksum": arguments.checksum}
+        head |= {"ucx": dataclasses.asdict(options.ucx) if options.over == "ucx" else None}
         print(json.dumps(head | {"results": plain}, indent=2))
     else:
         _report.show(table(results))
@@ -94,20 +109,27 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Options:
     """What `arguments` ask for; `stack` ends what was made for it."""
-    from . import _compare, _iperf, _loop, _place
+    from . import _compare, _iperf, _loop, _perftest, _place, _post
 
-    shapes: Sequence[Shape] = DEFAULT_SHAPES
+    over_ucx = arguments.over == "ucx"
+    shapes: Sequence[Shape] = UCX_SHAPES if over_ucx else DEFAULT_SHAPES
     if arguments.stall is not None:
         shapes = DEFAULT_SHAPES[:1]
     elif arguments.in_flight is not None:
         shapes = _loop.FLOOD_SHAPES
+    elif arguments.post:
+        shapes = _post.POST_SHAPES
     over_tcp = arguments.over == "tcp"
+    apart = over_tcp or over_ucx
     iperf = over_tcp and _iperf.is_installed()
     if over_tcp and not iperf:
         _progress(f"without iperf3, which is not installed; {_iperf.INSTALL}")
+    perftest = over_ucx and _perftest.program() is not None
+    if over_ucx and not perftest:
+        _progress(f"without ucx_perftest, which is not installed; {_perftest.INSTALL}")
     return _compare.Options(
         shapes=arguments.shapes or shapes,
-        memories=arguments.memory or (["ordinary"] if over_tcp or arguments.notify else ["mapped", "ordinary"]),
+        memories=arguments.memory or (["ordinary"] if apart or arguments.notify else ["mapped", "ordinary"]),
         ops=arguments.op,
         rounds=arguments.rounds,
         warmup=arguments.warmup,
@@ -119,6 +141,13 @@ def _options(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Opti
         certificates=_certificates(stack) if arguments.tls else None,
         checksum=arguments.checksum,
         iperf=iperf,
+        ucx=_ucx.Ucx(
+            transports=arguments.transports or _ucx.DEFAULT_TRANSPORTS,
+            progress=arguments.ucx_progress or ["loop"],
+            workers=arguments.ucx_workers or 1,
+        ),
+        perftest=perftest,
+        prepared=[lists == "prepared" for lists in arguments.lists],
     )
 
 
@@ -135,8 +164,13 @@ def _certificates(stack: contextlib.ExitStack) -> str:
 
 
 async def _run(arguments: argparse.Namespace, options: Options) -> tuple[str, Sequence[Any], Callable[..., Any]]:
-    from . import _compare, _loop, _notify, _report
+    from . import _compare, _idle, _loop, _notify, _post, _report
 
+    if arguments.idle is not None:
+        idles = await _idle.idle(options, _progress, seconds=arguments.idle, peers=arguments.peers)
+        return "idle", idles, _report.idle_table
+    if arguments.post:
+        return "post", await _post.post(options, _progress), _report.post_table
     if arguments.stall is not None:
         stalls = await _loop.stall(options, _progress, seconds=arguments.stall)
         return "stall", stalls, _report.stall_table
@@ -147,6 +181,8 @@ async def _run(arguments: argparse.Namespace, options: Options) -> tuple[str, Se
         overs: list[Over] = [arguments.over] if arguments.over else ["host", "tcp"]
         return "notify", await _notify.notify(options, _progress, overs=overs), _report.notify_table
     lines = await _compare.compare(options, _progress)
+    if options.over == "ucx":
+        return "compare", lines, _report.ucx_table
     shown_apart = options.over == "tcp" or options.checksum or len(options.nixl) > 1
     return "compare", lines, _report.network_table if shown_apart else _report.line_table
 
@@ -161,7 +197,18 @@ def _senseless(arguments: argparse.Namespace) -> str:
         for option, given in (("--link veth", arguments.link == "veth"), ("--tls", arguments.tls)):
             if given:
                 return f"{option} is for --over tcp"
+    if arguments.over != "ucx":
+        for option, given in _ucx_options(arguments).items():
+            if given is not None:
+                return f"{option} is for --over ucx"
+    if "unprepared" in arguments.lists and (arguments.post or arguments.notify or arguments.in_flight):
+        return "--lists unprepared is for the comparison and --stall"
     return ""
+
+
+def _ucx_options(arguments: argparse.Namespace) -> dict[str, object]:
+    options = {"--transports": arguments.transports, "--ucx-progress": arguments.ucx_progress}
+    return {**options, "--ucx-workers": arguments.ucx_workers}
 
 
 def _missing(arguments: argparse.Namespace) -> str:
@@ -172,6 +219,8 @@ def _missing(arguments: argparse.Namespace) -> str:
         return "--uvloop needs uvloop, which is not installed; pip install uvloop"
     if arguments.peer == "nixl" and _nixl.installed_version() is None:
         return f"--peer nixl needs NIXL, which is not installed; {_nixl.INSTALL}"
+    if arguments.over == "ucx" and not _ucx.is_installed():
+        return f"--over ucx needs ucxx, which is not installed; {_ucx.INSTALL}"
     return ""
 
 
@@ -181,12 +230,13 @@ def _versions(arguments: argparse.Namespace) -> dict[str, str | None]:
     from . import _nixl
 
     nixl = _nixl.installed_version() if arguments.peer == "nixl" else None
-    return {"asyncxfer": asyncxfer.__version__, "nixl": nixl}
+    ucx = _ucx.installed_versions() if arguments.over == "ucx" else {}
+    return {"asyncxfer": asyncxfer.__version__, "nixl": nixl, **ucx}
 
 
 def _verified(result: dict[str, Any]) -> bool:
     systems = [result["ours"], *result["rivals"].values()] if "ours" in result else [result]
-    return all(system["verified"] for system in systems)
+    return all(system.get("verified", True) for system in systems)  # an idle one has moved nothing
 
 
 def _list_of(read: Callable[[str], _Item]) -> Callable[[str], list[_Item]]:

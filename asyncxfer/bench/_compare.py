@@ -2,29 +2,32 @@
 
 A round of ours, a round of theirs, a round of ours: whatever the machine does meanwhile happens to all, and a ratio is
 the median over pairs of neighbouring rounds. While one runs, the others use no processor. Beside ours run NIXL, ours
-again without encryption or checksums where those are asked for, and what a plain stream carries on the same link. It
-knows nothing of how a side moves bytes or how the result is shown.
+again without encryption or checksums where those are asked for, and what a plain stream carries on the same link or
+what UCX itself does over the same transports. It knows nothing of how a side moves bytes or how the result is shown.
 """
 
 from __future__ import annotations
 
 import statistics
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ._iperf import Iperf, is_stream
 from ._pair import Pair, Sample
+from ._perftest import Perftest, is_repeated
 from ._place import LOOPBACK, Place
 from ._shapes import Case, Memory, Op, Shape
+from ._ucx import Ucx
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ._nixl import Thread
     from ._side import Message
+    from ._ucx import Progress
 
-Over = Literal["host", "tcp"]
+Over = Literal["host", "tcp", "ucx"]
 
 __all__ = ["OURS", "Line", "Measured", "Options", "Over", "Rival", "compare"]
 
@@ -43,12 +46,18 @@ class Options:
     ----------
     nixl : sequence of {"on", "off", "spin"}
         In which ways NIXL runs beside it, if at all: its progress thread, or how its sides are polled without.
-    over : {"host", "tcp"}
-        What both systems may use: whatever is fastest on one host, or TCP.
+    over : {"host", "tcp", "ucx"}
+        What both systems may use: whatever is fastest on one host, TCP, or some transports of UCX.
     certificates : str or None
         Folder with those of "initiator" and "target"; ours encrypts data if there is one.
     iperf : bool
         Whether iperf3 runs beside large rows, where a plain socket does.
+    ucx : Ucx
+        Which transports, over UCX.
+    perftest : bool
+        Whether ucx_perftest runs beside what it can do, over UCX.
+    prepared : sequence of bool
+        Whether transfers are prepared before the clock starts; both are separate cases.
     """
 
     shapes: Sequence[Shape]
@@ -64,28 +73,37 @@ class Options:
     certificates: str | None = None
     checksum: bool = False
     iperf: bool = False
+    ucx: Ucx = field(default_factory=Ucx)
+    perftest: bool = False
+    prepared: Sequence[bool] = (True,)
 
     def cases(self) -> Iterator[Case]:
         """Every shape in every memory and direction."""
         for shape in self.shapes:
             for memory in self.memories:
                 for op in self.ops:
-                    yield Case(shape, memory, op, self.seed)
+                    for prepared in self.prepared:
+                        yield Case(shape, memory, op, self.seed, prepared)
 
-    def for_ours(self, *, plain: bool = False) -> Message:
+    def for_ours(self, *, plain: bool = False, progress: Progress | None = None) -> Message:
         """What a worker of ours has to know of it; with `plain`, without encryption and checksums."""
         told = {"uvloop": self.uvloop, "over": self.over}
+        if self.over == "ucx":
+            told |= self.ucx.for_ours(progress or self.ucx.progress[0])
         if plain:
             return {**told, "certificates": None, "checksum": False}
         return {**told, "certificates": self.certificates, "checksum": self.checksum}
 
     def for_nixl(self, thread: Thread) -> Message:
         """What a worker of NIXL has to know of it."""
-        return {"uvloop": self.uvloop, "over": self.over, "nixl_thread": thread}
+        told = {"uvloop": self.uvloop, "over": self.over, "nixl_thread": thread}
+        return told | self.ucx.for_others() if self.over == "ucx" else told
 
     def systems(self) -> Iterator[tuple[str, str, Message]]:
         """Every system that takes rows: what to call it, what it is, and what its workers have to know."""
         yield OURS, "asyncxfer", self.for_ours()
+        for progress in self.ucx.progress[1:] if self.over == "ucx" else ():
+            yield f"{OURS}, {progress}", "asyncxfer", self.for_ours(progress=progress)
         if self.certificates is not None or self.checksum:
             yield f"{OURS}, plain", "asyncxfer", self.for_ours(plain=True)
         for thread in self.nixl:
@@ -179,10 +197,14 @@ async def compare(options: Options, report: Callable[[str], None]) -> list[Line]
             pairs[name] = await stack.enter_async_context(pair)
         ours = pairs.pop(OURS)
         streams = await _streams(ours, options, stack) if options.over == "tcp" else {}
+        bare: dict[str, Rival] = {}
+        if options.over == "ucx" and options.perftest:
+            bare["ucx_perftest"] = Perftest(options.place, options.ucx.transports)
         lines = []
         for case in options.cases():
-            report(f"{case.shape} {case.op} {case.memory}")
+            report(f"{case.shape} {case.action} {case.memory}")
             beside: dict[str, Rival] = {**pairs, **(streams if is_stream(case) else {})}
+            beside |= bare if is_repeated(case) else {}
             lines.append(await _line(case, ours, beside, options))
         return lines
 

@@ -10,12 +10,11 @@ import asyncio
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._pair import BenchError, Sample
+from ._ports import free_port, in_time, until_listening
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -30,8 +29,6 @@ INSTALL = "apt-get install iperf3"
 _LARGE = 16 << 20
 #: Bytes of a round: a quarter of a second or more.
 _ROUND_BYTES = 1 << 30
-_WITHIN = 60.0
-_LISTENING = "0A"  # as /proc/net/tcp writes it
 
 
 def is_installed() -> bool:
@@ -56,14 +53,14 @@ class Iperf:
     @contextlib.asynccontextmanager
     async def start(cls, place: Place, *, streams: int) -> AsyncIterator[Iperf]:
         """Run its server, which sleeps between rounds."""
-        port = _free_port()
+        port = free_port()
         seat = place.target
         command = (*seat.prefix, "iperf3", "--server", "--bind", seat.address, "--port", str(port), "--forceflush")
         # It tells of its end by a signal on standard error.
         server = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            async with _in_time("iperf3 did not begin to listen"):
-                await _until_listening(server, port)
+            async with in_time("iperf3 did not begin to listen"):
+                await until_listening(server, port, "iperf3")
             yield cls(place, port, streams)
         finally:
             server.terminate()
@@ -79,7 +76,7 @@ class Iperf:
         command += ["--port", str(self._port), "--bytes", str(_ROUND_BYTES), "--parallel", str(self._streams)]
         command += ["--reverse"] if case.op == "get" else []
         client = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-        async with _in_time("iperf3 did not end"):
+        async with in_time("iperf3 did not end"):
             output, _ = await client.communicate()
         answer: dict[str, Any] = json.loads(output)
         if "error" in answer:
@@ -93,32 +90,3 @@ class Iperf:
     async def finish(self, case: Case) -> str:
         """Nobody looks at its bytes."""
         return ""
-
-
-@contextlib.asynccontextmanager
-async def _in_time(what: str) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(_WITHIN):
-            yield
-    except TimeoutError as error:
-        raise BenchError(f"{what} in {_WITHIN:.0f} s") from error
-
-
-async def _until_listening(process: asyncio.subprocess.Process, port: int) -> None:
-    """Watch the kernel's table of the process's own network, because connecting would count as a client."""
-    while process.returncode is None:
-        if _listens(process.pid, port):
-            return
-        await asyncio.sleep(0.005)
-    raise BenchError("iperf3 ended before it listened")
-
-
-def _listens(pid: int, port: int) -> bool:
-    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
-    return any(row[3] == _LISTENING and row[1].endswith(f":{port:04X}") for row in rows)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port

@@ -131,7 +131,7 @@ async def flood(options: Options, report: Callable[[str], None], *, transfers: i
 
 def _whole(shape: Shape, transfers: int) -> Shape:
     """The rows of all transfers of `shape`, or of as many as fit; the others use the same ones again."""
-    return Shape(shape.count * max(1, min(transfers, _FLOOD_BYTES // shape.span)), shape.length)
+    return replace(shape, count=shape.count * max(1, min(transfers, _FLOOD_BYTES // shape.span)))
 
 
 async def _flood_of(case: Case, pair: Pair, transfers: int, whole: Shape, *, prepared: bool) -> Flood:

@@ -1,9 +1,11 @@
 """Real NIXL as one side of a pair, through its own Python API, prepared as far as it can be.
 
 Both descriptor lists and the request are prepared before the clock starts; the clock runs from
-``transfer`` until ``check_xfer_state`` says DONE, polled without pause. Its memory is always an
-ordinary numpy array, which it moves no slower than a shared mapping. It knows nothing of asyncxfer
-but the cases.
+``transfer`` until ``check_xfer_state`` says DONE, polled without pause. Where a case is not
+prepared, every transfer goes the other way that NIXL offers, ``get_xfer_descs`` and
+``initialize_xfer``, from ready arrays of address, length and device, and releases its request. Its
+memory is always an ordinary numpy array, which it moves no slower than a shared mapping. It knows
+nothing of asyncxfer but the cases.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class NixlSide(Side):
         self._peer = ""
         self._peer_start = 0
         self._prepared: list[Any] = []
+        self._unprepared: tuple[str, Rows, Rows] | None = None
         self._notes: dict[bytes, float] = {}  # what has come, and when
         self._polling: asyncio.Task[None] | None = None
 
@@ -95,6 +98,9 @@ class NixlSide(Side):
     async def prepare(self, case: Case) -> None:
         here = _rows(self._array.ctypes.data, *case.rows(case.local_order()))
         there = _rows(self._peer_start, *case.rows(case.remote_order()))
+        if not case.prepared:
+            self._unprepared = _OPERATIONS[case.op], here, there
+            return
         local = self._agent.prep_xfer_dlist("", here, "DRAM")
         remote = self._agent.prep_xfer_dlist(self._peer, there, "DRAM")
         every = np.arange(case.shape.count, dtype=np.int32)
@@ -102,26 +108,47 @@ class NixlSide(Side):
         self._prepared = [request, local, remote]
 
     async def run(self, repeats: int) -> Message:
-        post, check, request = self._agent.transfer, self._agent.check_xfer_state, self._prepared[0]
         cpu, start = time.process_time(), time.perf_counter()
-        for _ in range(repeats):
-            state = post(request)
-            while state == "PROC":
-                state = check(request)
-            if state != "DONE":
-                raise RuntimeError(f"NIXL ended a transfer in state {state}")
+        if self._unprepared is not None:
+            for _ in range(repeats):
+                self._move_unprepared(*self._unprepared)
+        else:
+            post, request = self._agent.transfer, self._prepared[0]
+            for _ in range(repeats):
+                self._end(request, post(request))
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": "UCX"}
+
+    def _move_unprepared(self, operation: str, here: Rows, there: Rows) -> None:
+        lists = [self._agent.get_xfer_descs(rows, "DRAM") for rows in (here, there)]
+        request = self._agent.initialize_xfer(operation, *lists, self._peer)
+        self._end(request, self._agent.transfer(request))
+        self._agent.release_xfer_handle(request)
+
+    def _end(self, request: Any, state: str) -> None:
+        """Poll a request that was posted until it is done."""
+        check = self._agent.check_xfer_state
+        while state == "PROC":
+            state = check(request)
+        if state != "DONE":
+            raise RuntimeError(f"NIXL ended a transfer in state {state}")
+
+    async def post(self, count: int) -> Message:
+        request, called, ended, at_once = self._prepared[0], [], [], 0
+        for _ in range(count):
+            start = time.perf_counter()
+            state = self._agent.transfer(request)
+            called.append(time.perf_counter() - start)
+            at_once += state == "DONE"
+            self._end(request, state)
+            ended.append(time.perf_counter() - start)
+        return {"called": called, "ended": ended, "at_once": at_once}
 
     async def tell(self, count: int) -> list[float]:
         request, times = self._prepared[0], []
         for tag in tags(count):
             times.append(time.perf_counter())
-            state = self._agent.transfer(request, tag)
-            while state == "PROC":
-                state = self._agent.check_xfer_state(request)
-            if state != "DONE":
-                raise RuntimeError(f"NIXL ended a transfer in state {state}")
+            self._end(request, self._agent.transfer(request, tag))
             end = time.perf_counter() + PACE
             while time.perf_counter() < end:
                 self._note()  # without its thread, this is what sends
@@ -139,6 +166,7 @@ class NixlSide(Side):
         return times
 
     async def release(self) -> None:
+        self._unprepared = None
         if self._prepared:
             request, *lists = self._prepared
             self._prepared = []

@@ -1,6 +1,7 @@
 """asyncxfer as one side of a pair, through its public API only.
 
-The clock runs from calling a prepared plan to its awaited result. Besides single rounds an
+The clock runs from calling a prepared plan to its awaited result or, where a case is not prepared,
+from making both descriptor lists of arrays of offsets and lengths. Besides single rounds an
 initiator can be watched: how late its loop is while it moves data back to back, and what thousands
 of transfers in flight at once cost in memory. It knows nothing of any other system.
 """
@@ -21,6 +22,7 @@ import numpy as np
 
 from asyncxfer import Agent, Certificates, DescriptorList, Peer, Plan, Region, Transfer
 
+from . import _ucx
 from ._side import PACE, TELL_WITHIN, Message, Side, tags
 from ._ticker import Ticker, percentiles
 
@@ -30,22 +32,23 @@ if TYPE_CHECKING:
     from ._pattern import Bytes
     from ._shapes import Case, Memory
 
-__all__ = ["OurSide"]
+__all__ = ["OurSide", "agent"]
 
 _LET_GO = 0.1
 _ESTABLISHED = "01"  # as /proc/net/tcp writes it
 
 
 class OurSide(Side):
-    """An initiator or a target that is an `Agent` with its default settings, or one that knows TCP only."""
+    """An initiator or a target that is an `Agent` with its default settings, or one that knows TCP or UCX only."""
 
     def __init__(self, options: Message) -> None:
-        self._agent = _agent(options)
+        self._agent = agent(options["role"], options)
         self._checksum: bool = options["checksum"]
         self._regions: dict[Memory, Region] = {}
         self._arrays: dict[Memory, Bytes] = {}
         self._peer: Peer | None = None
         self._plan: Plan | None = None
+        self._post: Callable[[], Transfer] | None = None
 
     async def open(self, nbytes: int, memories: Sequence[Memory]) -> str:
         await self._agent.start()
@@ -67,17 +70,37 @@ class OurSide(Side):
         here = self._regions[case.memory].descriptors(*case.rows(case.local_order()))
         there = self._connected()[case.memory].descriptors(*case.rows(case.remote_order()))
         self._plan = self._agent.prepare(case.op, here, there, checksum=self._checksum)
+        self._post = self._plan if case.prepared else self._unprepared(case)
+
+    def _unprepared(self, case: Case) -> Callable[[], Transfer]:
+        """A call that makes both lists and posts them; their rows are there already."""
+        call = self._agent.put if case.op == "put" else self._agent.get
+        region, peer_region = self._regions[case.memory], self._connected()[case.memory]
+        here, there = case.rows(case.local_order()), case.rows(case.remote_order())
+        checksum = self._checksum
+        return lambda: call(region.descriptors(*here), peer_region.descriptors(*there), checksum=checksum)
 
     async def run(self, repeats: int) -> Message:
-        plan = self._prepared()
+        backend, post = self._prepared().backend, self._posting()
         cpu, start = time.process_time(), time.perf_counter()
         for _ in range(repeats):
-            await plan()
+            await post()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": plan.backend}
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": backend}
+
+    async def post(self, count: int) -> Message:
+        post, called, ended, at_once = self._posting(), [], [], 0
+        for _ in range(count):
+            start = time.perf_counter()
+            transfer = post()
+            called.append(time.perf_counter() - start)
+            at_once += transfer.done()
+            await transfer
+            ended.append(time.perf_counter() - start)
+        return {"called": called, "ended": ended, "at_once": at_once}
 
     async def release(self) -> None:
-        self._plan = None
+        self._plan = self._post = None
 
     async def tell(self, count: int) -> list[float]:
         plan, times = self._prepared(), []
@@ -115,11 +138,11 @@ class OurSide(Side):
         return await super().answer_more(do, case, message)
 
     async def _tick_while_moving(self, seconds: float) -> Message:
-        plan, transfers = self._prepared(), 0
+        post, transfers = self._posting(), 0
         with Ticker() as ticker:
             start = time.perf_counter()
             while (elapsed := time.perf_counter() - start) < seconds:
-                await plan()
+                await post()
                 transfers += 1
         return {
             "lateness": percentiles(ticker.lateness),
@@ -161,23 +184,30 @@ class OurSide(Side):
             raise RuntimeError("a run came before its case was prepared")
         return self._plan
 
+    def _posting(self) -> Callable[[], Transfer]:
+        if self._post is None:
+            raise RuntimeError("a run came before its case was prepared")
+        return self._post
+
     def _connected(self) -> Peer:
         if self._peer is None:
             raise RuntimeError("a case came before the peer was connected")
         return self._peer
 
 
-def _agent(options: Message) -> Agent:
+def agent(name: str, options: Message) -> Agent:
     """The agent that `options` ask for."""
-    role, folder = options["role"], options["certificates"]
+    folder = options["certificates"]
     if options["over"] == "host":
-        return Agent(role)
+        return Agent(name)
+    if options["over"] == "ucx":
+        return Agent(name, backends=["ucx"], config=_ucx.config(options))
     config = {"open_listener": True, "unix_socket": False, "encrypt_data": folder is not None}
     network: dict[str, Any] = {"listen": f"tcp://{options['address']}:0", "backends": ["tcp"], "config": config}
     if folder is not None:
-        files = [str(Path(folder, name)) for name in (f"{role}.pem", f"{role}-key.pem", "ca.pem")]
+        files = [str(Path(folder, file)) for file in (f"{name}.pem", f"{name}-key.pem", "ca.pem")]
         network["credentials"] = Certificates(*files)
-    return Agent(role, **network)
+    return Agent(name, **network)
 
 
 async def _tick_while_idle(seconds: float) -> Message:

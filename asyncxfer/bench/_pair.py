@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import _ucx
 from ._worker import MAX_LINE
 
 if TYPE_CHECKING:
@@ -60,13 +61,12 @@ class Worker:
         """Start a process as `role` of `system`, with `prefix` before its command."""
         argument = json.dumps({"system": system, "role": role, **options})
         quiet = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "error"}
-        only_tcp = {"UCX_TLS": "tcp"} if options["over"] == "tcp" else {}
         process = await asyncio.create_subprocess_exec(
             *(*prefix, sys.executable, "-m", f"{__package__}._worker", argument),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=MAX_LINE,
-            env={**quiet, **os.environ, **only_tcp},
+            env={**quiet, **os.environ, **_transports(system, options)},
         )
         return cls(f"{system} {role}", process)
 
@@ -129,6 +129,13 @@ class Worker:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
+
+
+def _transports(system: str, options: Message) -> dict[str, str]:
+    """What keeps a process to the transports that it may use; ours is told by its configuration."""
+    if options["over"] == "tcp":
+        return {"UCX_TLS": "tcp"}
+    return _ucx.environment(options["transports"]) if options["over"] == "ucx" and system == "nixl" else {}
 
 
 class Pair:

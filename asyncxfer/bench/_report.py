@@ -6,6 +6,7 @@ measures nothing and starts nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._compare import OURS, Line, Measured
+from ._idle import Idle
 from ._loop import Flood, Stall
 from ._notify import Notified
+from ._post import Posted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +30,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Table",
     "flood_table",
+    "idle_table",
     "line_table",
     "machine",
     "network_table",
     "notify_table",
+    "post_table",
     "show",
     "stall_table",
     "to_plain",
+    "ucx_table",
 ]
 
 #: Below this many bytes a transfer is told by its time, not by its throughput.
@@ -77,7 +83,7 @@ def network_table(lines: Sequence[Line]) -> Table:
         for name, system in {OURS: line.ours, **line.rivals}.items():
             both, target = system.cpu_seconds_per_gib, system.target_cpu_seconds_per_gib
             own = system is line.ours
-            cells = [str(line.case.shape), line.case.op, name, system.samples[-1].backend, _speed(system)]
+            cells = [str(line.case.shape), line.case.action, name, system.samples[-1].backend, _speed(system)]
             cells += ["" if own else f"{line.ratio_to(system):.2f}", f"{both:.3f}", f"{both - target:.3f}"]
             rows.append([*cells, f"{target:.3f}", _ms(line.lateness["max"]) if own else "", _verdict(system.problem)])
     note = (
@@ -86,6 +92,49 @@ def network_table(lines: Sequence[Line]) -> Table:
         "ticker while\nours is repeated, untimed."
     )
     return Table([*headers, "bytes"], rows, note)
+
+
+def ucx_table(lines: Sequence[Line]) -> Table:
+    """The same over UCX."""
+    note = (
+        "Medians. Ours is x: how many times as fast, median over neighbouring rounds. ucx_perftest: up to 32 messages "
+        "of a\nrow's length under way, from and to one buffer that nobody looks at; both its processes spin, so its "
+        "CPU is twice\nits time. Unprepared: descriptor lists are made for every transfer. Loop late: latest tick of a "
+        "1 ms ticker while\nours is repeated, untimed."
+    )
+    return dataclasses.replace(network_table(lines), note=note)
+
+
+def post_table(results: Sequence[Posted]) -> Table:
+    """What it costs to post, one row a case and system."""
+    headers = ["shape", "op", "memory", "system", "call", "a row", "until done", "a row", "done at once", "bytes"]
+    rows = []
+    for result in results:
+        count = result.case.shape.count
+        cells = [*_case(result.case), result.system]
+        for each in (result.call_seconds_per_row, result.seconds_per_row):
+            cells += [f"{each * count * 1e6:.1f} us", f"{each * 1e9:.0f} ns"]
+        rows.append([*cells, f"{result.at_once:.0%}", _verdict(result.problem)])
+    note = (
+        "Medians. Call: from calling the plan (NIXL: transfer) until that returns; it includes what a transport moves "
+        "within\nthe call, and leaves out rows that are posted later. Done at once: transfers that were done when it "
+        "returned."
+    )
+    return Table(headers, rows, note)
+
+
+def idle_table(results: Sequence[Idle]) -> Table:
+    """What connections cost that nothing goes over."""
+    headers = ["system", "peers", "seconds", "target", "of a core", "an initiator", "of a core"]
+    rows = []
+    for result in results:
+        cells = [result.system, str(result.peers), f"{result.seconds:.0f}"]
+        cells += [f"{result.target * 1e3:.1f} ms", f"{result.target_share:.3%}"]
+        each = result.initiators / result.peers if result.peers else 0.0
+        rows.append(
+            [*cells, *([f"{each * 1e3:.1f} ms", f"{result.initiator_share:.3%}"] if result.peers else ["", ""])]
+        )
+    return Table(headers, rows, "CPU time while nothing happened. Initiators share a few processes.")
 
 
 def notify_table(results: Sequence[Notified]) -> Table:
@@ -148,10 +197,13 @@ def show(table: Table) -> None:
     print(table.note)
 
 
-def to_plain(result: Line | Stall | Flood | Notified) -> dict[str, Any]:
+def to_plain(result: Line | Stall | Flood | Notified | Posted | Idle) -> dict[str, Any]:
     """One result as plain values, for JSON; times in seconds, sizes in bytes."""
+    if isinstance(result, Idle):
+        shares = {"target_share": result.target_share, "initiator_share": result.initiator_share}
+        return {**dataclasses.asdict(result), **shares}
     case = result.case
-    plain: dict[str, Any] = {"shape": str(case.shape), "op": case.op, "memory": case.memory}
+    plain: dict[str, Any] = {"shape": str(case.shape), "op": case.op, "memory": case.memory, "prepared": case.prepared}
     if isinstance(result, Line):
         plain |= {"ours": _measured(result.ours), "ratio": result.ratio}
         plain |= {"nixl": _measured(result.nixl) if result.nixl else None}
@@ -162,11 +214,15 @@ def to_plain(result: Line | Stall | Flood | Notified) -> dict[str, Any]:
     if isinstance(result, Notified):
         plain |= {"system": result.system, "over": result.over, "samples": list(result.seconds)}
         plain |= {"p50": result.percentile(50), "p99": result.percentile(99)}
+    elif isinstance(result, Posted):
+        plain |= {"system": result.system, "called": list(result.called), "ended": list(result.ended)}
+        plain |= {"call_seconds_per_row": result.call_seconds_per_row, "seconds_per_row": result.seconds_per_row}
+        plain |= {"at_once": result.at_once}
     elif isinstance(result, Stall):
         plain |= {"idle": result.idle, "moving": result.moving, "transfers": result.transfers}
         plain |= {"gigabytes_per_second": result.gigabytes_per_second}
     else:
-        plain |= {"transfers": result.transfers, "prepared": result.prepared}
+        plain |= {"transfers": result.transfers, "prepared": result.prepared}  # by a plan, or called
         plain |= {"passes": list(result.passes), "kept_bytes": result.kept_bytes}
     return plain | {"verified": not result.problem, "problem": result.problem}
 
@@ -197,7 +253,7 @@ def _measured(measured: Measured) -> dict[str, Any]:
 
 
 def _case(case: Case) -> list[str]:
-    return [str(case.shape), case.op, case.memory]
+    return [str(case.shape), case.action, case.memory]
 
 
 def _speed(measured: Measured) -> str:

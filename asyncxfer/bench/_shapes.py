@@ -1,8 +1,9 @@
 """What is moved: shapes, and cases made of a shape, a memory, a direction and a seed.
 
 A shape is a number of rows of one length. Rows lie two lengths apart on both sides, so that no two
-of them can be merged, and the remote side takes them in an order drawn from the seed. Nothing here
-knows a system, a process or a clock; both processes of a pair derive the same rows from a case.
+of them can be merged, and the remote side takes them in an order drawn from the seed; or they are
+contiguous and in order on both sides, so that all of them can. Nothing here knows a system, a
+process or a clock; both processes of a pair derive the same rows from a case.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DEFAULT_SHAPES", "Case", "Memory", "Op", "Rows", "Shape"]
+__all__ = ["DEFAULT_SHAPES", "UCX_SHAPES", "Case", "Memory", "Op", "Rows", "Shape"]
 
 Memory = Literal["mapped", "ordinary"]
 Op = Literal["put", "get"]
 Rows = NDArray[np.uint64]
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-_SHAPE = re.compile(r"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)", re.IGNORECASE)
+_CONTIGUOUS = "/contiguous"
+_SHAPE = re.compile(rf"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)(?P<lie>{_CONTIGUOUS}|)", re.IGNORECASE)
 
 #: Bytes that a round moves at least, by repeating a small shape, up to this many times.
 _ROUND_BYTES = 32 << 20
@@ -30,14 +32,15 @@ _MOST_REPEATS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`count` rows of `length` bytes each."""
+    """`count` rows of `length` bytes each, with gaps between them or without."""
 
     count: int
     length: int
+    contiguous: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Read ``"16384x4KiB"``; units are B, KiB, MiB and GiB.
+        """Read ``"16384x4KiB"`` or ``"20000x4KiB/contiguous"``; units are B, KiB, MiB and GiB.
 
         Raises
         ------
@@ -46,17 +49,19 @@ class Shape:
         """
         match = _SHAPE.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"shape {text!r} is not COUNTxSIZE; write for instance 16384x4KiB")
-        shape = cls(int(match["count"]), int(match["size"]) * _UNITS[match["unit"].upper()])
+            hint = f"write for instance 16384x4KiB or 20000x4KiB{_CONTIGUOUS}"
+            raise ValueError(f"shape {text!r} is not COUNTxSIZE; {hint}")
+        shape = cls(int(match["count"]), int(match["size"]) * _UNITS[match["unit"].upper()], bool(match["lie"]))
         if shape.nbytes == 0:
             raise ValueError(f"shape {text!r} has no bytes; both numbers must be at least 1")
         return shape
 
     def __str__(self) -> str:
+        lie = _CONTIGUOUS if self.contiguous else ""
         for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
             if self.length % size == 0:
-                return f"{self.count}x{self.length // size}{unit}"
-        return f"{self.count}x{self.length}B"
+                return f"{self.count}x{self.length // size}{unit}{lie}"
+        return f"{self.count}x{self.length}B{lie}"
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +71,7 @@ class Shape:
     @property
     def stride(self) -> int:
         """Bytes from the start of one row to the start of the next."""
-        return 2 * self.length
+        return self.length if self.contiguous else 2 * self.length
 
     @property
     def span(self) -> int:
@@ -87,15 +92,36 @@ DEFAULT_SHAPES = (
     Shape(1, 4 << 10),
 )
 
+#: The same, rows that merge, and as many small rows as stay in a core's cache, which is what ucx_perftest moves.
+UCX_SHAPES = (
+    *DEFAULT_SHAPES,
+    Shape(20000, 4 << 10, contiguous=True),
+    Shape(256, 4 << 10),
+    Shape(32, 64 << 10),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One line of a benchmark: a shape in a memory, moved in a direction."""
+    """One line of a benchmark: a shape in a memory, moved in a direction.
+
+    Attributes
+    ----------
+    prepared : bool
+        Whether the descriptor lists are made, checked and matched before the clock starts; otherwise every transfer
+        begins with arrays of offsets and lengths.
+    """
 
     shape: Shape
     memory: Memory
     op: Op
     seed: int
+    prepared: bool = True
+
+    @property
+    def action(self) -> str:
+        """The direction, as tables say it."""
+        return self.op if self.prepared else f"{self.op}, unprepared"
 
     def to_message(self) -> dict[str, Any]:
         """As plain values, for the pipe to a worker."""
@@ -106,14 +132,16 @@ class Case:
         """The reverse of `to_message`."""
         shape = Shape(**message["shape"])
         memory, op = cast(Memory, message["memory"]), cast(Op, message["op"])
-        return cls(shape, memory, op, message["seed"])
+        return cls(shape, memory, op, message["seed"], message["prepared"])
 
     def local_order(self) -> NDArray[np.int64]:
         """Which row of its memory the initiator names k-th: the k-th."""
         return np.arange(self.shape.count, dtype=np.int64)
 
     def remote_order(self) -> NDArray[np.int64]:
-        """Which row of the target's memory the initiator names k-th: drawn from the seed."""
+        """Which row of the target's memory the initiator names k-th: the k-th if contiguous, or drawn from the seed."""
+        if self.shape.contiguous:
+            return self.local_order()
         return np.random.default_rng(self.seed).permutation(self.shape.count)
 
     def rows(self, order: NDArray[np.int64]) -> tuple[Rows, Rows]:

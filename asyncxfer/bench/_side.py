@@ -68,6 +68,17 @@ class Side(ABC):
     def memory(self, memory: Memory) -> _pattern.Bytes:
         """The bytes that `open` registered."""
 
+    async def post(self, count: int) -> Message:
+        """Move the prepared case `count` times, one after the other, with a look at the call that posts it.
+
+        Returns
+        -------
+        dict
+            ``called``: how long each call took that posts, in seconds; ``ended``: the same until the transfer was done;
+            ``at_once``: how many were done when the call returned.
+        """
+        raise ValueError(f"{type(self).__name__} posts nothing")
+
     async def tell(self, count: int) -> list[float]:
         """Move the prepared case `count` times with a notification each, one after the other; when each was posted."""
         raise ValueError(f"{type(self).__name__} has no notifications")
@@ -94,10 +105,8 @@ class Side(ABC):
             return await self.run(message["repeats"])
         elif do == "release":
             await self.release()
-        elif do == "tell":
-            return {"times": await self.tell(message["count"])}
-        elif do == "listen":
-            return {"times": await self.listen(message["count"])}
+        elif do in ("post", "tell", "listen"):
+            return await self._answer_counted(do, message["count"])
         elif case is None:
             raise ValueError(f"command {do!r} is unknown, or came without its case")
         elif do == "prepare":
@@ -111,6 +120,11 @@ class Side(ABC):
         else:
             return await self.answer_more(do, case, message)
         return {}
+
+    async def _answer_counted(self, do: str, count: int) -> Message:
+        if do == "post":
+            return await self.post(count)
+        return {"times": await (self.tell(count) if do == "tell" else self.listen(count))}
 
     async def answer_more(self, do: str, case: Case, message: Message) -> Message:
         """Do a command that only some systems know."""

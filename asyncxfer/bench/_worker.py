@@ -38,6 +38,10 @@ def _side(options: Message) -> Side:
         from ._stream import StreamSide
 
         return StreamSide(options)
+    if options["system"] == "crowd":
+        from ._crowd import CrowdSide
+
+        return CrowdSide(options)
     from ._ours import OurSide
 
     return OurSide(options)
