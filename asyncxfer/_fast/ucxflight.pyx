@@ -504,7 +504,9 @@ cdef int post_packs(flight_t* f, int64_t until) noexcept nogil:
         status = port_send(f.port, lane.ep, &head, message, n, message, True)
         if status != AXF_UCS_OK:
             take_off(lane, piece)
+            f.holds += 1        # or it could end while its lane's requests are given up
             failed(f, status)
+            f.holds -= 1
             unqueue(f)
             settle_flight(f)
             return 0
