@@ -3,4 +3,4 @@
 from asyncxfer import Config
 from asyncxfer.backends import _ucx_library
 
-_ucx_library.load(Config())
+_ucx_library.load(Config.load())

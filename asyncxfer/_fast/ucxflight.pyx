@@ -127,8 +127,20 @@ cdef void let_go(flight_t* f, int status, int64_t now) noexcept nogil:
         f.since = now
         port_due(f.port, now + GRACE_NS)
         unqueue(f)
+        abandon(f)
     if f.holds == 0 and f.packs == 0:
         finish(f)
+
+
+cdef void abandon(flight_t* f) noexcept nogil:
+    """Waits for no answer any more: what was asked went as a copy, and the target looks whether it still may."""
+    cdef piece_t* piece = f.lane.asked
+    cdef piece_t* next_
+    while piece != NULL and f.packs:
+        next_ = piece.next
+        if piece.flight == f:
+            take_off(f.lane, piece)
+        piece = next_
 
 
 cdef void break_lane(lane_t* lane) noexcept nogil:
@@ -492,7 +504,9 @@ cdef int post_packs(flight_t* f, int64_t until) noexcept nogil:
         status = port_send(f.port, lane.ep, &head, message, n, message, True)
         if status != AXF_UCS_OK:
             take_off(lane, piece)
+            f.holds += 1        # or it could end while its lane's requests are given up
             failed(f, status)
+            f.holds -= 1
             unqueue(f)
             settle_flight(f)
             return 0
