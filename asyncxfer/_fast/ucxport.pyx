@@ -8,6 +8,7 @@ port's lock, callbacks included. What is posted, and what messages mean, is not 
 
 import threading
 
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -347,6 +348,7 @@ cdef class Port:
         self.timer = self.watchdog = self.loop = None
 
     def forget(self) -> None:
-        """In a forked child: leave everything as it is; the thread and the connections are the parent's."""
+        """In a forked child: leave everything as it is, for good; the thread and the connections are the parent's."""
+        Py_INCREF(self)
         self.closed = True
         self.p.threaded = 0
