@@ -241,6 +241,7 @@ def test_post_mode(over: str, peer: str) -> None:
         assert result["verified"]
         assert 0 < result["call_seconds_per_row"] <= result["seconds_per_row"]
         assert len(result["called"]) == len(result["ended"]) == 16
+        assert result["cpu_seconds_per_row"] > 0
         assert 0 <= result["at_once"] <= 1
 
 
@@ -619,10 +620,12 @@ def test_tables_of_many_systems(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tables_of_costs(capsys: pytest.CaptureFixture[str]) -> None:
     case = Case(Shape(100, 4096), "ordinary", "put", 0)
-    _report.show(_report.post_table([_post.Posted("NIXL", case, [1e-5, 2e-5, 3e-5], [1e-3, 2e-3, 3e-3], 0.25, "")]))
+    _report.show(
+        _report.post_table([_post.Posted("NIXL", case, [1e-5, 2e-5, 3e-5], [1e-3, 2e-3, 3e-3], 0.06, 0.25, "")])
+    )
     _report.show(_report.idle_table([_idle.Idle("asyncxfer", peers, 10.0, 0.05, 0.1) for peers in (0, 50)]))
     out = capsys.readouterr().out
-    assert re.search(r"NIXL +20\.0 us +200 ns +2000\.0 us +20000 ns +25% +verified", out)
+    assert re.search(r"NIXL +20\.0 us +200 ns +2000\.0 us +20000 ns +200000 ns +25% +verified", out)
     assert re.search(r"asyncxfer +0 +10 +50\.0 ms +0\.500%\n", out)
     assert re.search(r"asyncxfer +50 +10 +50\.0 ms +0\.500% +2\.0 ms +0\.020%\n", out)
     unprepared = dataclasses.replace(a_line(), case=dataclasses.replace(case, prepared=False))
