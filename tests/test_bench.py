@@ -541,6 +541,13 @@ def test_options_for_ucx_only(options: list[str], capsys: pytest.CaptureFixture[
     assert "is for --over ucx" in capsys.readouterr().err
 
 
+def test_no_checksums_over_ucx(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    _cli.add_arguments(parser)
+    assert _cli.main(parser.parse_args(["--over", "ucx", "--checksum"])) == 2
+    assert "--checksum is not for --over ucx" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", [["--post"], ["--notify"], ["--in-flight", "5"]])
 def test_modes_of_prepared_lists_only(mode: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
