@@ -491,7 +491,7 @@ def test_nixl_over_ucx(transports: str) -> None:
             for prepared in (True, False):
                 case = Case(shape, "ordinary", "put", 0, prepared)
                 await pair.begin(case, warmup=1)
-                check_stream(await pair.sample(case))
+                assert (await pair.sample(case)).seconds > 0  # over cma the target has nothing to do
                 assert await pair.finish(case) == ""
 
     asyncio.run(measure())
