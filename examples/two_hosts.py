@@ -69,8 +69,8 @@ def agent(name: str, options: argparse.Namespace, **more: Any) -> Agent:
         credentials = Certificates(*files)
     elif options.secret_file:
         credentials = PreSharedKey(options.secret_file.read_bytes().strip())
-    if options.tcp:
-        more |= {"backends": ["tcp"], "config": {"unix_socket": False}}
+    if options.backend:
+        more |= {"backends": [options.backend], "config": {"unix_socket": False}}
     return Agent(name, credentials=credentials, **more)
 
 
@@ -119,7 +119,7 @@ def shared(options: argparse.Namespace) -> str:
     """The options that both sides are given."""
     given = {"--credentials": options.credentials, "--secret-file": options.secret_file}
     words = [f"{option} {shlex.quote(str(path))}" for option, path in given.items() if path]
-    return " ".join([*words, *(["--tcp"] if options.tcp else [])])
+    return " ".join([*words, *(["--backend", options.backend] if options.backend else [])])
 
 
 # ---- the host that prefills ---------------------------------------------------------------------------------------
@@ -179,7 +179,11 @@ def main() -> int:
         proof = side.add_mutually_exclusive_group()
         proof.add_argument("--credentials", type=Path, metavar="DIR", help="made by `asyncxfer certs`")
         proof.add_argument("--secret-file", type=Path, metavar="FILE", help="16 random bytes or more")
-        side.add_argument("--tcp", action="store_true", help="use TCP even if both are on one host")
+        backend = side.add_mutually_exclusive_group()
+        backend.add_argument("--backend", metavar="NAME", help="move the data with it alone: tcp, ucx")
+        backend.add_argument(
+            "--tcp", action="store_const", const="tcp", dest="backend", help="the same as --backend tcp"
+        )
     options = parser.parse_args()
     try:
         return int(asyncio.run((serve if options.side == "serve" else send)(options)) != 0)

@@ -27,7 +27,7 @@ import pytest
 import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
 
-pytest_plugins = ["hosts", "stage"]  # their fixtures, for all tests
+pytest_plugins = ["hosts", "stage", "over_ucx"]  # their fixtures, for all tests
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
@@ -45,6 +45,8 @@ MAY_BLOCK: tuple[tuple[str, frozenset[str]], ...] = (
     ("asyncxfer/backends/shm.py", frozenset({"_refusal"})),
     # Three small files, once, and a library, when credentials are made.
     ("asyncxfer/_credentials.py", frozenset({"__init__", "read", "_derived", "_as_file"})),
+    # Which UCX is in this process: /proc again, once an agent.
+    ("asyncxfer/backends/_ucx_library.py", frozenset({"load", "_the_only_one"})),
     # What measures us has a lock of its own, which another thread under measurement may hold for a moment.
     ("coverage/collector.py", frozenset({"lock_data"})),
 )

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import importlib
 import mmap
 import os
 import pickle
@@ -205,6 +206,7 @@ class Puppet:
 
     async def left(self) -> list[str]:
         """What a closed agent has left behind in this process."""
+        await asyncio.get_running_loop().shutdown_default_executor()
         left: list[str] = []
         for _ in range(200):
             gc.collect()
@@ -343,14 +345,19 @@ def _serve(sock: socket.socket) -> None:
 
 
 class Server:
-    """The warm interpreter that second processes are forked from."""
+    """The warm interpreter that second processes are forked from; what they will all need it imports before.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    *modules : str
+        Names of them.
+    """
+
+    def __init__(self, *modules: str) -> None:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, __file__, str(theirs.fileno()), *modules]
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         first, _, pidfd = self.spawn_raw("asyncio")  # answers once everything has been imported
         first.close()
         os.close(pidfd)
@@ -483,4 +490,6 @@ class Process(_Link):
 
 
 if __name__ == "__main__":
+    for _module in sys.argv[2:]:
+        importlib.import_module(_module)
     _serve(socket.socket(fileno=int(sys.argv[1])))

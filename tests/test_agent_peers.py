@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -23,6 +24,8 @@ from asyncxfer import (
     RegistrationError,
     TransferTimeout,
 )
+from asyncxfer._config import Config
+from asyncxfer.backends.local import LocalBackend
 
 
 async def take(events: AsyncIterator[PeerEvent], count: int) -> list[tuple[str, PeerState]]:
@@ -249,3 +252,49 @@ async def test_a_cancelled_close_goes_on_closing() -> None:
         assert "closed" in repr(agent)
         assert agent.stats()["peers"] == 0
         await until(lambda: not b.stats()["served"])
+
+
+async def test_backends_are_asked_off_the_loop_which_goes_on_meanwhile() -> None:
+    answer = threading.Event()
+
+    class Slow(LocalBackend):
+        """It takes until the loop has turned to say what it can do."""
+
+        @classmethod
+        def examine(cls, config: Config) -> str:
+            assert answer.wait(30)
+            return "ready"
+
+    agent = Agent("a", backends=[Slow])
+    starting = asyncio.ensure_future(agent.start())
+    await asyncio.sleep(0)
+    twice = asyncio.ensure_future(agent.start())
+    await asyncio.sleep(0)
+    answer.set()
+    ends = await asyncio.gather(starting, twice, return_exceptions=True)
+    (refused,) = (end for end in ends if end is not agent)
+    assert isinstance(refused, ConfigError)
+    assert "lives once" in str(refused)
+    await agent.aclose()
+
+
+async def test_a_start_that_is_cancelled_while_backends_are_asked_leaves_nothing() -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    class Slow(LocalBackend):
+        """It does not answer before it is told to."""
+
+        @classmethod
+        def examine(cls, config: Config) -> str:
+            asked.set()
+            assert answer.wait(30)
+            return "ready"
+
+    agent = Agent("a", backends=[Slow])
+    starting = asyncio.ensure_future(agent.start())
+    await asyncio.to_thread(asked.wait, 30)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    answer.set()
+    await agent.aclose()

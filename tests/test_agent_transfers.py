@@ -294,7 +294,7 @@ async def test_explain_gives_every_candidate_as_data_and_as_text(pair: Pair) -> 
     )  # fmt: skip
     first, *rest = str(explanation).splitlines()
     assert first == "put of 16,384 bytes in 32 rows"
-    assert len(rest) == 4
+    assert len(rest) == 5
     assert rest[0].split()[:2] == ["->", "local"]
     with pytest.raises(NoRouteError) as caught:
         a.put(region[:], remote[:], backend="shm:mapped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -75,6 +76,42 @@ class TestTcpEncrypted(TestTcp):
 
     process_options: ClassVar[dict[str, Any]] = {**TestTcp.process_options, "secret": SECRET}
     options: ClassVar[dict[str, Any]] = {**TestTcp.options, "credentials": PreSharedKey(SECRET)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed: asyncxfer[ucx-cu12]")
+class TestUcxCma(BetweenProcesses):
+    """UCX, puts and gets by cross-memory attach."""
+
+    route = "ucx"
+    config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,cma,posix"}
+    process_options: ClassVar[dict[str, Any]] = {"config": config}
+    options: ClassVar[dict[str, Any]] = {"config": config}
+
+
+class TestUcxTcp(TestUcxCma):
+    """UCX over its own tcp, which emulates puts and gets."""
+
+    config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp"}
+    process_options: ClassVar[dict[str, Any]] = {"config": config}
+    options: ClassVar[dict[str, Any]] = {"config": config}
+
+
+class TestUcxSysvThreads(TestUcxCma):
+    """UCX with two workers, each driven by a thread."""
+
+    config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,sysv", "ucx_progress": "thread", "ucx_workers": 2}
+    process_options: ClassVar[dict[str, Any]] = {"config": config}
+    options: ClassVar[dict[str, Any]] = {"config": config}
+
+
+class TestUcxBetweenHosts(TestUcxCma):
+    """UCX, with agents that know each other over TCP, so that no gate is shared."""
+
+    skips: ClassVar[dict[str, str]] = {"count": "nobody at the target sees what is put by RDMA"}
+
+    config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,cma", "unix_socket": False, "ucx_workers": 2}
+    process_options: ClassVar[dict[str, Any]] = {"listen": "tcp://127.0.0.1:0", "config": config}
+    options: ClassVar[dict[str, Any]] = {"config": config}
 
 
 class TestThirdParty(BackendContract):

@@ -3,9 +3,7 @@
 from asyncxfer._fast.engine cimport Work
 
 
-cdef struct group_t             # the module's own
-cdef struct keys_t
-cdef struct lane_t
+from asyncxfer._fast.ucxflight cimport group_t, keys_t, lane_t
 
 
 cdef class Group:

@@ -74,6 +74,11 @@ cdef void sent(void* request, int status, void* arg) noexcept nogil:
     ucp.request_free(request)
 
 
+cdef void endpoint_closed(void* request, int status, void* closing) noexcept nogil:
+    (<int*>closing)[0] = 0
+    ucp.request_free(request)
+
+
 cdef int port_send(
     port_t* p, void* ep, const axf_ucx_head* head, const void* data, size_t n, void* free_later, bint answer
 ) noexcept nogil:
@@ -302,15 +307,19 @@ cdef class Port:
         self.kick()
 
     def close_endpoint(self, uintptr_t endpoint) -> None:
-        """Close an endpoint by force, whatever UCX holds of it. With the lock held."""
+        """Close an endpoint by force, whatever UCX holds of it, and wait for that. With the lock held."""
         cdef axf_ucp_param param
         cdef void* given
+        cdef int closing = 1
         memset(&param, 0, sizeof(param))
         param.mask = AXF_OP_CALLBACK | AXF_OP_ARG | AXF_OP_FLAGS
-        param.flags, param.done, param.arg = AXF_CLOSE_FORCE, sent, NULL
+        param.flags, param.done, param.arg = AXF_CLOSE_FORCE, endpoint_closed, &closing
         given = ucp.ep_close_nbx(<void*>endpoint, &param)
         if axf_ucp_failed(given):
             raise BackendError(f"UCX does not close an endpoint: {_ucp.word(axf_ucp_status(given))}")
+        with nogil:
+            while given != NULL and closing:
+                ucp.worker_progress(self.p.worker)
 
     def free(self) -> None:
         """Let go of the worker. It has been closed, and nothing else holds the worker."""
@@ -332,9 +341,9 @@ cdef class Port:
             self.p.threaded = 0
         elif self.loop is not None:
             self.loop.remove_reader(self.p.efd)
-            for timer in (self.timer, self.watchdog):
-                if timer is not None:
-                    timer.cancel()
+        for timer in (self.timer, self.watchdog):
+            if timer is not None:
+                timer.cancel()
         self.timer = self.watchdog = self.loop = None
 
     def forget(self) -> None:

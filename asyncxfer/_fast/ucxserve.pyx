@@ -12,9 +12,9 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from asyncxfer._fast.completion cimport DENIED, FAILED, FAULT, OK, REVOKED
-from asyncxfer._fast.engine cimport copy_bytes
 from asyncxfer._fast.link cimport GatePage
 from asyncxfer._fast.native cimport *
+from asyncxfer._fast.packing cimport check_rows, gather_described, scatter_described
 from asyncxfer._fast.poller cimport Mailbox, mail, mailbox_t
 from asyncxfer._fast.pthread cimport *
 from asyncxfer._fast.ucxport cimport *
@@ -82,34 +82,6 @@ cdef region_t* find(session_t* s, uint32_t slot) noexcept nogil:
 
 # ---- packed rows -----------------------------------------------------------------------------------------------------
 
-cdef int check_rows(
-    const region_t* r, const axf_ucx_row* rows, uint32_t count, bint put, uint64_t* total
-) noexcept nogil:
-    """Whether all rows lie in a region, and may be touched like this: a status."""
-    cdef uint32_t i
-    total[0] = 0
-    if not (r.writable if put else r.readable):
-        return DENIED
-    for i in range(count):
-        if rows[i].segment >= r.nsegments or rows[i].nbytes > r.sizes[rows[i].segment]:
-            return DENIED
-        if rows[i].offset > r.sizes[rows[i].segment] - rows[i].nbytes:
-            return DENIED
-        total[0] += rows[i].nbytes
-    return OK
-
-
-cdef int move_rows(const region_t* r, const axf_ucx_row* rows, uint32_t count, bint put, char* data) noexcept nogil:
-    cdef uint32_t i
-    cdef char* at
-    for i in range(count):
-        at = <char*>r.bases[rows[i].segment] + rows[i].offset
-        if copy_bytes(at, data, rows[i].nbytes) if put else copy_bytes(data, at, rows[i].nbytes):
-            return FAULT
-        data += rows[i].nbytes
-    return OK
-
-
 cdef int serve_rows(
     session_t* s, const axf_ucx_head* head, const char* data, size_t n, char** answer, uint64_t* answer_bytes
 ) noexcept nogil:
@@ -120,7 +92,7 @@ cdef int serve_rows(
     cdef bint put = head.kind == AXF_UCX_PUT
     cdef size_t table = <size_t>head.count * sizeof(axf_ucx_row)
     cdef uint64_t total = 0
-    cdef int status
+    cdef int status, error
     if head.count == 0 or head.count > AXF_UCX_MOST_ROWS or n < table:
         return DENIED
     if r == NULL or r.epoch != head.epoch:
@@ -129,8 +101,10 @@ cdef int serve_rows(
     if rows == NULL:
         return FAILED
     memcpy(rows, data, table)
-    status = check_rows(r, rows, head.count, put, &total)
-    if status == OK and (total > AXF_UCX_MOST_BYTES or n - table != (total if put else 0)):
+    status = OK
+    if not (r.writable if put else r.readable) or not check_rows(rows, head.count, r.sizes, r.nsegments, &total):
+        status = DENIED
+    elif total > AXF_UCX_MOST_BYTES or n - table != (total if put else 0):
         status = DENIED
     if status == OK and not put:
         answer[0] = <char*>malloc(total if total else 1)
@@ -140,7 +114,11 @@ cdef int serve_rows(
     if status == OK:
         gate = axf_gate_at(s.page, r.slot)
         if axf_gate_enter(gate, r.epoch):
-            status = move_rows(r, rows, head.count, put, <char*>data + table if put else answer[0])
+            if put:
+                error = scatter_described(rows, head.count, r.bases, data + table)
+            else:
+                error = gather_described(rows, head.count, r.bases, answer[0])
+            status = FAULT if error else OK
             axf_gate_leave(gate)
         else:
             status = REVOKED

@@ -45,7 +45,7 @@ def load_as(soname: str, files: Iterable[Path]) -> None:
     OSError
         One of them cannot be loaded; the message is the dynamic loader's.
     """
-    paths = [path.resolve() for path in files]
+    paths = [path.absolute() for path in files]
     fd = os.memfd_create(soname)
     try:
         os.write(fd, _library(soname, paths))

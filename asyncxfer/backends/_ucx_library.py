@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Library",
     "Resource",
+    "Started",
     "check",
     "components",
     "examine",
@@ -52,16 +53,23 @@ _PARTS = ("libucm", "libucs", "libuct", "libucp")
 _FILE = re.compile(r"(libuc[mpst])(-[0-9a-f]{8})?\.so[.\d]*")  # with a hash where auditwheel has put it in a wheel
 _FOLDERS = ("", "lib", "lib64", "ucx/lib", "libucx/lib")  # where a build, a prefix, HPC-X and the wheel keep them
 _RDMA = ("rc_", "dc_", "ud_", "srd", "gga_")
-_RDMA_ALIASES = ("ib", "rc", "dc", "ud", "gga")
+_RDMA_NAMES = ("ib", "rc", "dc", "ud", "srd", "gga")  # what those and their aliases begin with
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
-# What UCX reads when it is loaded, unless the user has set it. Without: SIGHUP would stop the process for a debugger;
-# messages would go to stdout; and the type of memory would come from a cache that misses CUDA's own allocators.
-_AT_LOAD = {"UCX_DEBUG_SIGNO": "0", "UCX_LOG_FILE": "stderr", "UCX_MEMTYPE_CACHE": "n"}
+# What UCX reads when it is loaded, unless the user has set it. Without, SIGHUP would stop the process for a debugger;
+# SIGSEGV would be caught (before 1.21); messages would go to stdout; and what kind of memory an address is would come
+# from a cache that misses some of CUDA's allocators.
+_AT_LOAD = {
+    "UCX_DEBUG_SIGNO": "0",
+    "UCX_HANDLE_ERRORS": "none",
+    "UCX_LOG_FILE": "stderr",
+    "UCX_MEMTYPE_CACHE": "n",
+}
 
 _lock = threading.Lock()
-# At most one: process, options, number of workers; context and workers.
-_spare: list[tuple[int, dict[str, str], int, tuple[Any, list[Any]]]] = []
+# At most one, with the process, the options and the number of workers that it was made with.
+_spare: list[tuple[int, dict[str, str], int, Started]] = []
+_first_process = 0  # the one that made a context first
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,14 @@ class Library:
 
     def __str__(self) -> str:
         return f"UCX {self.version} ({self.origin})"
+
+
+class Started(NamedTuple):
+    """A context of UCXX, and workers of it."""
+
+    library: Library
+    context: Any
+    workers: list[Any]
 
 
 class Resource(NamedTuple):
@@ -120,37 +136,39 @@ def load(config: Config) -> Library:
         ucxx is not installed, the build is not there or does not load, another one is in the process, or two are.
     """
     with _lock:
-        here = _the_only_one()
-        wanted = here if config.ucx_library is None else _find(config.ucx_library)
-        if here is not None and wanted is not None and not here.samefile(wanted):
+        here = _in_process()
+        wanted = here if config.ucx_library is None else _build(config.ucx_library)
+        if here and wanted and not here["libucp"].parent.samefile(wanted["libucp"].parent):
             raise BackendError(
-                f"ucx_library is {config.ucx_library!r}, and this process has another UCX loaded: {here}. "
+                f"ucx_library is {config.ucx_library!r}, and this process has another UCX loaded: {here['libucp']}. "
                 "A process can use one; load that one everywhere, or start asyncxfer before what loads the other"
             )
-        module = _import(wanted)
-        path = _the_only_one()
-        if path is None:
+        module = _import(here or wanted)
+        loaded = _in_process()
+        if not loaded:
             raise BackendError("ucxx was loaded, and no libucp with it: a statically linked UCX cannot be used")
         version = ".".join(map(str, module.get_ucx_version()))
+        path = loaded["libucp"]
         return Library(str(path), version, _origin(path), sys.modules["ucxx"].__version__)
 
 
-def _import(libucp: Path | None) -> Any:
-    """The native module of ucxx, made to use this build, or its own."""
+def _import(build: Mapping[str, Path]) -> Any:
+    """The native module of ucxx, made to use this build, or its own where none is given."""
     require_ucxx()
     name = "ucxx._lib.libucxx"
     if name in sys.modules:
         return sys.modules[name]
     try:
-        if libucp is None:
+        if not build:
             with _environment(_AT_LOAD):
                 return importlib.import_module(name)
-        modules = {"UCX_MODULE_DIR": str(libucp.parent / "ucx")}  # or it would look where it was built for, too
+        modules = {"UCX_MODULE_DIR": str(build["libucp"].parent / "ucx")}  # or it looks where it was built for, too
         with _environment(_AT_LOAD | modules), _not_installed("libucx"):
-            load_as(_SONAME, [*(_part(libucp.parent, part) for part in _PARTS[:-1]), libucp])
+            load_as(_SONAME, [build[part] for part in _PARTS])
             return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise BackendError(f"UCX does not load from {libucp or 'what ucxx brings'}: {error}") from error
+        where = build.get("libucp", "what ucxx brings")
+        raise BackendError(f"UCX does not load from {where}: {error}") from error
 
 
 def require_ucxx() -> None:
@@ -196,8 +214,8 @@ def _not_installed(package: str) -> Iterator[None]:
             del sys.modules[package]
 
 
-def _the_only_one() -> Path | None:
-    """The libucp in this process; None where there is none."""
+def _in_process() -> dict[str, Path]:
+    """The files of the UCX in this process; empty where there is none."""
     found: dict[str, set[Path]] = defaultdict(set)
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = Path(line[line.find("/") :]) if "/libuc" in line else None
@@ -210,32 +228,31 @@ def _the_only_one() -> Path | None:
                 "unmapped is noticed by one of them only, so none can be trusted; make all use the same "
                 "(ucx_library), see docs/rdma.md"
             )
-    return next(iter(found["libucp"]), None)
+    return {part: path for part, (path,) in found.items()} if "libucp" in found else {}
 
 
-def _find(where: str) -> Path:
-    """The libucp that `ucx_library` means."""
+def _build(where: str) -> dict[str, Path]:
+    """The files of the build that `ucx_library` means."""
     place = Path(where).expanduser()
-    if place.is_file():
-        return place
-    for folder in _FOLDERS:
-        try:
-            return _part(place / folder, "libucp")
-        except BackendError:
-            continue
-    folders = ", ".join(repr(folder) for folder in _FOLDERS[1:])
-    raise BackendError(f"ucx_library is {where!r}: there is no libucp.so.0 in it, nor in its {folders}")
+    folders = [place.parent] if place.is_file() else [place / folder for folder in _FOLDERS]
+    for folder in folders:
+        files = {part: _file(folder, part) for part in _PARTS}
+        if place.is_file():
+            files["libucp"] = place
+        if all(files.values()):
+            return {part: path for part, path in files.items() if path is not None}
+    inside = ", ".join(folder for folder in _FOLDERS if folder)
+    raise BackendError(
+        f"ucx_library is {where!r}: libucm, libucs, libuct and libucp are not all there, nor in its {inside}"
+    )
 
 
-def _part(folder: Path, part: str) -> Path:
-    """The file of one of UCX's libraries."""
+def _file(folder: Path, part: str) -> Path | None:
+    """The file of one of UCX's libraries; None where there is none."""
     if (usual := folder / f"{part}.so.0").is_file():
         return usual
     matches = ((path, _FILE.fullmatch(path.name)) for path in sorted(folder.glob(f"{part}*")))
-    for path, match in matches:
-        if match is not None and match[1] == part:
-            return path
-    raise BackendError(f"there is no {part}.so.0 in {folder}")
+    return next((path for path, match in matches if match is not None and match[1] == part), None)
 
 
 def _origin(libucp: Path) -> str:
@@ -270,7 +287,7 @@ def options(config: Config) -> dict[str, str]:
     chosen = {"TLS": transports, "RNDV_THRESH": "inf", "KEEPALIVE_INTERVAL": f"{config.ucx_keepalive:g}s"}
     devices = config.ucx_devices
     if _listens(transports):
-        if devices is None and _names(transports) & {*_RDMA_ALIASES, "all"} | _negated(transports):
+        if devices is None and _may_be_rdma(transports):
             raise ConfigError(
                 f"ucx_transports is {transports!r}: with tcp beside RDMA, ucx_devices has to name the devices, "
                 "such as 'mlx5_0:1,lo'"
@@ -282,19 +299,21 @@ def options(config: Config) -> dict[str, str]:
     return chosen
 
 
-def _names(transports: str) -> set[str]:
-    return {part.strip().lstrip("^\\").partition(":")[0] for part in transports.split(",")}
-
-
-def _negated(transports: str) -> set[str]:
-    return {"^"} if transports.strip().startswith("^") else set()
+def _names(transports: str) -> tuple[bool, set[str]]:
+    """Read a list as UCX does: whether it says what is left out, and the names."""
+    names = {part.strip().lstrip("^\\").partition(":")[0] for part in transports.split(",")}
+    return transports.strip().startswith("^"), names
 
 
 def _listens(transports: str) -> bool:
-    """Whether UCX's tcp is among them: a name, or not one of those that are left out."""
-    if _negated(transports):
-        return "tcp" not in _names(transports)
-    return bool(_names(transports) & {"tcp", "all"})
+    """Whether UCX's tcp is among them."""
+    left_out, names = _names(transports)
+    return "tcp" not in names if left_out else bool(names & {"tcp", "all"})
+
+
+def _may_be_rdma(transports: str) -> bool:
+    left_out, names = _names(transports)
+    return left_out or "all" in names or any(name.startswith(_RDMA_NAMES) for name in names)
 
 
 def _refuse_open(devices: str, config: Config) -> None:
@@ -315,8 +334,8 @@ def native() -> Any:
     return sys.modules["ucxx._lib.libucxx"]
 
 
-def take(config: Config) -> tuple[Any, list[Any]]:
-    """Return a ``UCXContext`` and its workers: those that `examine` made, where it asked the same just before.
+def take(config: Config) -> Started:
+    """Return what a backend works with: what `examine` has made, where it was asked the same just before.
 
     Raises
     ------
@@ -330,12 +349,9 @@ def take(config: Config) -> tuple[Any, list[Any]]:
         spare = _spare.pop() if _spare else None
     if spare is not None and spare[:3] == (os.getpid(), chosen, config.ucx_workers):
         return spare[3]
-    return _make(config, chosen)
-
-
-def _make(config: Config, chosen: Mapping[str, str]) -> tuple[Any, list[Any]]:
+    library = load(config)
     context = _make_context(config, chosen)
-    return context, _make_workers(context, config)
+    return Started(library, context, _make_workers(context, config))
 
 
 def _make_workers(context: Any, config: Config) -> list[Any]:
@@ -347,6 +363,13 @@ def _make_workers(context: Any, config: Config) -> list[Any]:
 
 def _make_context(config: Config, chosen: Mapping[str, str]) -> Any:
     """Make one. Blocks: with hardware for tens of milliseconds and more."""
+    global _first_process
+    _first_process = _first_process or os.getpid()
+    if _first_process != os.getpid():
+        raise BackendError(
+            "UCX was started before this process was forked, and its thread has stayed in the parent; fork before the "
+            "first agent, or start processes by 'spawn'"
+        )
     features = (native().Feature.RMA, native().Feature.AM, native().Feature.WAKEUP)
     try:
         return native().UCXContext(dict(chosen), features)
@@ -355,6 +378,18 @@ def _make_context(config: Config, chosen: Mapping[str, str]) -> Any:
             f"UCX does not start with ucx_transports={config.ucx_transports!r}, ucx_devices={config.ucx_devices!r}: "
             f"{error}; `asyncxfer doctor` lists what there is"
         ) from error
+
+
+def _after_fork() -> None:
+    """In a child: another thread of the parent may have been loading, and the parent's context is the parent's."""
+    global _lock
+    _lock = threading.Lock()
+    _parents.extend(_spare)
+    _spare.clear()
+
+
+_parents: list[object] = []  # kept: to end a context here would be to end it with a thread that is not here
+os.register_at_fork(after_in_child=_after_fork)
 
 
 # ---- what a context offers ----------------------------------------------------------------------------------------
@@ -386,8 +421,8 @@ def check(info: str, config: Config, library: Library) -> list[Resource]:
         return found
     if config.ucx_transports is not None:
         raise BackendError(
-            f"ucx_transports is {config.ucx_transports!r}, and this {library} has {_by_device(found)}: none that notices "
-            "the end of a peer; add rc, dc, ud or srd (RDMA), or tcp"
+            f"ucx_transports is {config.ucx_transports!r}, and this {library} has {_by_device(found)}: none of them "
+            "notices the end of a peer; add rc, dc, ud or srd (RDMA), or tcp"
         )
     why = "no device can be used (`ibv_devinfo`)" if "ib" in components(info) else "it was built without verbs"
     raise BackendError(f"this {library} has no transport for RDMA: {why}. docs/rdma.md says how to use another build")
@@ -412,7 +447,7 @@ def examine(config: Config) -> str:
     found = check(context.info, config, library)
     workers = _make_workers(context, config)  # now, not on an event loop
     with _lock:
-        _spare[:] = [(os.getpid(), chosen, config.ucx_workers, (context, workers))]
+        _spare[:] = [(os.getpid(), chosen, config.ucx_workers, Started(library, context, workers))]
     return f"{library}: {_by_device(found)}"
 
 

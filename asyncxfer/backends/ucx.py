@@ -9,15 +9,13 @@ may use, stands in `_ucx_library`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import os
 import random
 import struct
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -51,6 +49,7 @@ from ..abc import (
     Service,
 )
 from . import _ucx_library
+from ._ranges import HOST, Range, RangeCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UcxBackend"]
 
+_MEMORY = (MemoryKind.DRAM, MemoryKind.VRAM)
 _MAX_WORKERS = 16
 _MAX_ADDRESS = 16 << 10  # bytes of one worker's
 _MAX_KEY = 16 << 10
@@ -78,10 +78,10 @@ _PACKED_CHUNK_BYTES = 256 << 10
 
 @dataclass(slots=True, eq=False)
 class _Registration(Registration):
-    """Memory that is registered with UCX: a handle for each segment, and a number that peers know it by."""
+    """Memory that is registered with UCX: a range for each segment, and a number that peers know it by."""
 
     number: int
-    memories: tuple[UcpMemory, ...]
+    ranges: tuple[Range[UcpMemory], ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +92,6 @@ class _Remote(RemoteRegistration):
     bases: npt.NDArray[np.uint64]
     keys: Keys
     refused: str = ""
-    gone: bool = field(default=False)
 
 
 def _pack(parts: Iterable[bytes]) -> bytes:
@@ -126,10 +125,10 @@ class _Endpoint(Endpoint):
         self._number = backend.enter(self._on_message)
         self.group = Group(backend.ports, backend.mailbox, self._number, info.link, info.key)
         self._endpoints: dict[int, Any] = {}
-        self._closing: list[Any] = []  # what UCXX gives for a close; it must live until the lane is drained
         self._remotes: dict[int, _Remote] = {}
         self._waits: defaultdict[tuple[int, int], set[asyncio.Future[None]]] = defaultdict(set)
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._making: dict[int, asyncio.Task[None]] = {}  # goes on in its thread when who waits is cancelled
         self.direct = False
 
     # -- endpoints
@@ -147,8 +146,9 @@ class _Endpoint(Endpoint):
         """Make an endpoint, and wait until the peer has answered over it."""
         welcomed = self._wait(ucxlane.WELCOMED, index)
         try:
-            await asyncio.shield(asyncio.to_thread(self._make, index))
-            self._backend.ports[index].schedule()
+            self._making[index] = asyncio.ensure_future(asyncio.to_thread(self._make, index))
+            await asyncio.shield(self._making[index])
+            self._backend.ports[index].rouse()
             await asyncio.wait_for(welcomed, self._backend.config.handshake_timeout)
         except TimeoutError:
             raise BackendError(
@@ -159,8 +159,11 @@ class _Endpoint(Endpoint):
         port = self._backend.ports[index]
         with port:
             for remote in self._remotes.values():
-                with contextlib.suppress(BackendError):  # those keys were usable before; transfers will tell
+                try:
                     remote.keys.unpack(index)
+                except BackendError as error:  # they were usable before: nothing goes with them any more
+                    remote.refused = str(error)
+                    remote.keys.revoke()
             self.group.go_on(index)
         port.rouse()
 
@@ -180,26 +183,24 @@ class _Endpoint(Endpoint):
         """Close an endpoint by force, and wait until UCX holds on to nothing of it."""
         drained = self._wait(ucxlane.DRAINED, index)
         try:
-            self._close_lane(index)
+            await asyncio.to_thread(self._unmake, index)
             if self.group.holds(index):
                 await drained
         finally:
             self._waits[ucxlane.DRAINED, index].discard(drained)
-        with self._backend.ports[index]:
-            for remote in self._remotes.values():
-                remote.keys.drop(index)
-        self._closing.clear()
 
-    def _close_lane(self, index: int) -> None:
+    def _unmake(self, index: int) -> None:
+        """In a thread: UCX says farewell before it lets go."""
         endpoint = self._endpoints.pop(index, None)
         port = self._backend.ports[index]
         with port:
             self.group.detach(index)
             if endpoint is not None and endpoint.alive:
-                self._closing.append((endpoint, endpoint.close()))
+                endpoint.close_blocking()
             elif endpoint is not None:  # UCXX has heard of its error, and leaves it to whoever looks
                 port.close_endpoint(endpoint.handle)
-                self._closing.append(endpoint)
+            for remote in list(self._remotes.values()):
+                remote.keys.drop(index)
         port.rouse()
 
     def _wait(self, kind: int, index: int) -> asyncio.Future[None]:
@@ -226,7 +227,7 @@ class _Endpoint(Endpoint):
         until = loop.time() + self._backend.config.lost_after
         delay = 0.0
         while self._info.link.alive:
-            await self._take_down(index)
+            await asyncio.shield(self._take_down(index))
             if delay:
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
             delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)
@@ -302,7 +303,7 @@ class _Endpoint(Endpoint):
         self._backend.bury(self._bury())
 
     async def _bury(self) -> None:
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), *self._making.values(), return_exceptions=True)
         for index in range(self.group.lanes):
             await self._take_down(index)
         self._backend.leave(self._number)
@@ -354,7 +355,7 @@ class UcxBackend(Backend):
 
     name: ClassVar[str] = "ucx"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        Reach.NETWORK, frozenset(itertools.product((MemoryKind.DRAM, MemoryKind.VRAM), repeat=2))
+        Reach.NETWORK, frozenset((here, there) for here in _MEMORY for there in _MEMORY)
     )
     carries_notes: ClassVar[bool] = True
     joins: ClassVar[bool] = True
@@ -372,14 +373,15 @@ class UcxBackend(Backend):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         engine.guard()
-        ucp.bind(_ucx_library.load(config).path)
-        self._context, self.workers = _ucx_library.take(config)
+        library, self._context, self.workers = _ucx_library.take(config)
+        ucp.bind(library.path)
         self.mailbox = Mailbox()
         self.ports = [Port(worker.handle, n, self.mailbox, worker) for n, worker in enumerate(self.workers)]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readers: dict[int, Callable[[int, bytes], None]] = {}
         self._count = 0
         self._registrations = 0
+        self._ranges: RangeCache[UcpMemory] = RangeCache(self._map, UcpMemory.close)
         self._burials: set[asyncio.Task[None]] = set()
         _backends.add(self)
 
@@ -424,37 +426,40 @@ class UcxBackend(Backend):
         RegistrationError
             UCX cannot use it.
         """
-        if memory.kind not in (MemoryKind.DRAM, MemoryKind.VRAM):
+        if memory.kind not in _MEMORY:
             raise RegistrationError(f"moves host and GPU memory, not {memory.kind}")
         if memory.kind is MemoryKind.VRAM and not self._context.cuda_support:
             raise RegistrationError("this UCX has no transport for CUDA memory (`asyncxfer doctor`)")
         self._registrations += 1
-        cuda = memory.kind is MemoryKind.VRAM
-        handles: list[UcpMemory] = []
+        kind = HOST if memory.kind is MemoryKind.DRAM else f"cuda:{memory.device}"
+        ranges: list[Range[UcpMemory]] = []
         try:
             for segment in memory.segments:
-                handles.append(UcpMemory(self._context.handle, segment.address, segment.nbytes, cuda=cuda))
+                ranges.append(self._ranges.acquire(segment.address, max(segment.nbytes, 1), kind))
         except RegistrationError:
-            for handle in handles:
-                handle.close()
+            for held in ranges:
+                self._ranges.release(held)
             raise
-        return _Registration(memory, self._registrations, tuple(handles))
+        return _Registration(memory, self._registrations, tuple(ranges))
+
+    def _map(self, address: int, nbytes: int, kind: str) -> UcpMemory:
+        return UcpMemory(self._context.handle, address, nbytes, cuda=kind != HOST)
 
     def deregister(self, registration: Registration) -> None:
         """Take it back."""
         assert isinstance(registration, _Registration)
-        for handle in registration.memories:
-            handle.close()
+        for held in registration.ranges:
+            self._ranges.release(held)
 
     def export(self, registration: Registration) -> bytes:
         """Give the keys of a region, and where its segments lie."""
         assert isinstance(registration, _Registration)
-        keys: dict[bytes, int] = {}
+        handles = list(dict.fromkeys(held.handle for held in registration.ranges))
         places = [
-            _SEGMENT.pack(segment.address, segment.nbytes, keys.setdefault(memory.key(), len(keys)))
-            for segment, memory in zip(registration.memory.segments, registration.memories, strict=True)
+            _SEGMENT.pack(segment.address, segment.nbytes, handles.index(held.handle))
+            for segment, held in zip(registration.memory.segments, registration.ranges, strict=True)
         ]
-        return _pack(keys) + _NUMBER.pack(registration.number) + b"".join(places)
+        return _pack(handle.key() for handle in handles) + _NUMBER.pack(registration.number) + b"".join(places)
 
     async def connect(self, peer: PeerInfo) -> Endpoint:
         """Make endpoints to the workers of a peer.
@@ -485,9 +490,7 @@ class UcxBackend(Backend):
             raise
         return endpoint
 
-    def serve(
-        self, page: GatePage, tell: Callable[[int, bytes], None], key: bytes, *, remote: bool
-    ) -> Service | None:
+    def serve(self, page: GatePage, tell: Callable[[int, bytes], None], key: bytes, *, remote: bool) -> Service | None:
         """Serve an initiator."""
         return _Service(self, page, tell, key, remote=remote)
 
@@ -517,7 +520,7 @@ class UcxBackend(Backend):
         return UcxWork(
             endpoint.group,
             remote.keys,
-            local.memories,
+            [held.handle for held in local.ranges],
             pairs,
             local.bases,
             np.zeros(len(remote.bases), np.uint64) if packed else remote.bases,
@@ -528,6 +531,8 @@ class UcxBackend(Backend):
             epoch=request.epoch,
             chunk_bytes=min(config.chunk_bytes, _PACKED_CHUNK_BYTES) if packed else config.chunk_bytes,
             chunk_rows=min(config.chunk_rows, 1024),
+            small_bytes=config.inline_bytes,
+            small_rows=config.inline_rows,
             keep=(local, remote, request.keep),
         )
 

@@ -38,7 +38,8 @@ class BackendContract(Moving, Telling, Ending):
         What both agents are made with besides: `listen`, `credentials`, `config`.
     skips : mapping of str to str
         Capabilities that the backend has not, and why: ``"cancel"`` (transfers can be ended early), ``"timeout"``
-        (and are, when their time is over), ``"revoke"`` (the peer may take a region back, or leave, under them).
+        (and are, when their time is over), ``"revoke"`` (the peer may take a region back, or leave, under them),
+        ``"count"`` (the peer can tell what was moved to and from it).
 
     Examples
     --------

@@ -29,6 +29,9 @@ class Telling:
         def stage(self) -> AbstractAsyncContextManager[Stage]:
             """Of `BackendContract`."""
 
+        def need(self, capability: str) -> None:
+            """Of `BackendContract`."""
+
     @pytest.mark.parametrize("nbytes", [1000, 3_000_000])
     async def test_data_is_visible_when_its_notification_arrives(self, nbytes: int) -> None:
         async with self.stage() as stage:
@@ -108,6 +111,7 @@ class Telling:
 
     @both_ways
     async def test_both_sides_count(self, op: Op) -> None:
+        self.need("count")
         async with self.stage() as stage:
             sides = await stage.open((32, 1000))
             before = (await stage.target.stats())["served"].get(stage.agent.name, {})

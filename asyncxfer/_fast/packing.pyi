@@ -1,0 +1,3 @@
+import numpy.typing as npt
+
+def carry(pairs: npt.ArrayLike, chunk: npt.ArrayLike, sizes: npt.ArrayLike, bases: npt.ArrayLike) -> None: ...
