@@ -176,6 +176,11 @@ cdef void* worker_thread(void* arg) noexcept nogil:
 
 # ---- what Python calls --------------------------------------------------------------------------------------------
 
+def keep_forever(thing) -> None:
+    """See to it that something is never freed, not even when the process ends: native code may come back to it."""
+    Py_INCREF(thing)
+
+
 cdef class Port:
     """A worker, and what drives it; ``with port:`` holds its lock, for calls of UCXX on this worker.
 
@@ -348,7 +353,6 @@ cdef class Port:
         self.timer = self.watchdog = self.loop = None
 
     def forget(self) -> None:
-        """In a forked child: leave everything as it is, for good; the thread and the connections are the parent's."""
-        Py_INCREF(self)
+        """In a forked child: leave everything as it is; the thread and the connections are the parent's."""
         self.closed = True
         self.p.threaded = 0

@@ -27,7 +27,7 @@ from .._fast.consolidation import consolidate
 from .._fast.poller import Mailbox
 from .._fast.ucp import Memory as UcpMemory
 from .._fast.ucxlane import Group, Keys, UcxWork
-from .._fast.ucxport import Port
+from .._fast.ucxport import Port, keep_forever
 from .._fast.ucxserve import UcxSession
 from ..abc import (
     Backend,
@@ -191,7 +191,7 @@ class _Endpoint(Endpoint):
             if self.group.holds(index):
                 await asyncio.wait_for(drained, _DRAINED_WITHIN)
         except TimeoutError:
-            _forever.append(self)  # UCX may still write to what belongs to it
+            keep_forever(self)  # UCX may still write to what belongs to it
             _log.error("UCX does not let go of transfers to %r; their memory is kept", self._info.name)
         finally:
             self._waits[ucxlane.DRAINED, index].discard(drained)
@@ -582,7 +582,6 @@ class UcxBackend(Backend):
 
 
 _backends: weakref.WeakSet[UcxBackend] = weakref.WeakSet()
-_forever: list[object] = []  # what must not be freed: memory that UCX may touch, and in a child what is the parent's
 
 
 def _after_fork() -> None:
@@ -590,7 +589,7 @@ def _after_fork() -> None:
     for backend in _backends:
         for port in backend.ports:
             port.forget()
-        _forever.append(backend)
+        keep_forever(backend)
     _backends.clear()
 
 
