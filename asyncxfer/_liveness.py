@@ -60,7 +60,8 @@ class Liveness:
         now = self._loop.time()
         held_up = now - self._due > self._interval  # this loop: what has come in the meantime has not been read
         for _, channel in self._channels():
-            channel.beat(_BEAT)
+            if now - channel.heard > self._interval / 2:  # otherwise the peer has asked, or said something
+                channel.beat(_BEAT)
         if not held_up:
             self.look()
         self._due = now + self._interval
