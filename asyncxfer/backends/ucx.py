@@ -74,9 +74,10 @@ _LENGTH = struct.Struct(">I")
 _SEGMENT = struct.Struct(">QQH")  # address, bytes, which key
 _NUMBER = struct.Struct(">Q")
 
-# Transports that put and get without the other side's software; over the others UCX sends a message a row.
+# Transports that put and get without the other side's software. Over the others UCX sends messages, and so do we: what
+# it has sent for a put the target writes whenever it comes to it, region or no region, and UCX's tcp (1.21, 1.22) uses
+# a connection after it was freed when its endpoint was closed by force in the middle of a put.
 _DIRECT = ("cma", "knem", "xpmem", "rc_", "dc_", "srd", "gga_", "cuda_ipc")
-_PACKED_ROW_BYTES = 32 << 10  # rows up to here go packed where UCX would send a message for each
 _PACKED_CHUNK_BYTES = 256 << 10
 
 
@@ -525,9 +526,8 @@ class UcxBackend(Backend):
         assert isinstance(remote, _Remote)
         assert isinstance(local, _Registration)
         pairs = consolidate(request.pairs)
-        rows = int(pairs["count"].sum())
         on_hosts = remote.kind is MemoryKind.DRAM and local.memory.kind is MemoryKind.DRAM
-        packed = not endpoint.direct and on_hosts and rows > 1 and request.nbytes <= rows * _PACKED_ROW_BYTES
+        packed = not endpoint.direct and on_hosts
         config = self.config
         return UcxWork(
             endpoint.group,
