@@ -513,6 +513,7 @@ cdef int post_packs(flight_t* f, int64_t until) noexcept nogil:
         if axf_now() >= until and not all_posted(f):
             return 1
     unqueue(f)
+    settle_flight(f)            # one of nothing but a notification
     return 0
 
 
