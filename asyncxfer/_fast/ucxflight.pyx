@@ -127,13 +127,14 @@ cdef void let_go(flight_t* f, int status, int64_t now) noexcept nogil:
         f.since = now
         port_due(f.port, now + GRACE_NS)
         unqueue(f)
-        abandon(f)
+        if not f.put:
+            abandon(f)          # nothing is written for an answer that comes now
     if f.holds == 0 and f.packs == 0:
         finish(f)
 
 
 cdef void abandon(flight_t* f) noexcept nogil:
-    """Waits for no answer any more: what was asked went as a copy, and the target looks whether it still may."""
+    """Waits for no answer any more: nothing of what was asked is UCX's, and no endpoint has to be closed for it."""
     cdef piece_t* piece = f.lane.asked
     cdef piece_t* next_
     while piece != NULL and f.packs:
@@ -624,8 +625,12 @@ cdef void tick(port_t* p, int64_t now) noexcept nogil:
                 let_go(f, status, now)
         elif now < f.since + GRACE_NS:
             port_due(p, f.since + GRACE_NS)
-        elif f.lane.life == f.life:
-            f.lane.stuck = 1
+        else:
+            abandon(f)
+            if f.holds == 0:
+                finish(f)
+            elif f.lane.life == f.life:
+                f.lane.stuck = 1
         f = next_
     while lane != NULL:
         if lane.stuck:

@@ -4,6 +4,7 @@ from typing import final
 
 from asyncxfer._fast.poller import Mailbox
 
+def keep_forever(thing: object) -> None: ...
 def live() -> int: ...
 
 @final

@@ -8,6 +8,7 @@ port's lock, callbacks included. What is posted, and what messages mean, is not 
 
 import threading
 
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -174,6 +175,11 @@ cdef void* worker_thread(void* arg) noexcept nogil:
 
 
 # ---- what Python calls --------------------------------------------------------------------------------------------
+
+def keep_forever(thing) -> None:
+    """See to it that something is never freed, not even when the process ends: native code may come back to it."""
+    Py_INCREF(thing)
+
 
 cdef class Port:
     """A worker, and what drives it; ``with port:`` holds its lock, for calls of UCXX on this worker.

@@ -9,6 +9,7 @@ may use, stands in `_ucx_library`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import struct
@@ -26,7 +27,7 @@ from .._fast.consolidation import consolidate
 from .._fast.poller import Mailbox
 from .._fast.ucp import Memory as UcpMemory
 from .._fast.ucxlane import Group, Keys, UcxWork
-from .._fast.ucxport import Port
+from .._fast.ucxport import Port, keep_forever
 from .._fast.ucxserve import UcxSession
 from ..abc import (
     Backend,
@@ -59,10 +60,13 @@ if TYPE_CHECKING:
 
 __all__ = ["UcxBackend"]
 
+_log = logging.getLogger("asyncxfer")
+
 _MEMORY = (MemoryKind.DRAM, MemoryKind.VRAM)
 _MAX_WORKERS = 16
 _MAX_ADDRESS = 16 << 10  # bytes of one worker's
 _MAX_KEY = 16 << 10
+_DRAINED_WITHIN = 10.0  # seconds after an endpoint was closed by force
 _BURST = 32  # messages a turn of the loop
 _FIRST_DELAY, _LONGEST_DELAY = 0.01, 1.0  # seconds between attempts to make an endpoint again
 _COUNT = struct.Struct(">H")
@@ -186,7 +190,10 @@ class _Endpoint(Endpoint):
         try:
             await asyncio.to_thread(self._unmake, index)
             if self.group.holds(index):
-                await drained
+                await asyncio.wait_for(drained, _DRAINED_WITHIN)
+        except TimeoutError:
+            keep_forever(self)  # UCX may still write to what belongs to it
+            _log.error("UCX does not let go of transfers to %r; their memory is kept", self._info.name)
         finally:
             self._waits[ucxlane.DRAINED, index].discard(drained)
 
@@ -214,7 +221,7 @@ class _Endpoint(Endpoint):
         if kind == ucxlane.UNUSED:
             self._release(number)
         elif kind == ucxlane.LOST:
-            if number not in self._tasks and self._info.link.alive:
+            if number not in self._tasks:
                 task = self._tasks[number] = asyncio.ensure_future(self._replace(number))
                 task.add_done_callback(lambda _: self._tasks.pop(number, None))
         else:
@@ -223,12 +230,14 @@ class _Endpoint(Endpoint):
                     future.set_result(None)
 
     async def _replace(self, index: int) -> None:
-        """Make an endpoint again, until it works or the peer is given up."""
+        """Close an endpoint that broke, and make another while the peer is there."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._backend.config.lost_after
         delay = 0.0
-        while self._info.link.alive:
-            await asyncio.shield(self._take_down(index))
+        while True:
+            await self._take_down(index)
+            if not self._info.link.alive:
+                return
             if delay:
                 await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
             delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)
@@ -294,8 +303,11 @@ class _Endpoint(Endpoint):
     # -- the end
 
     def lost(self) -> None:
-        """End what is in flight."""
+        """End what is in flight: what UCX holds of it comes back as its endpoint is closed."""
         self.group.fail()
+        for index in range(self.group.lanes):
+            if self.group.holds(index):
+                self._on_message(ucxlane.LOST, index.to_bytes(4, "little"))
 
     def close(self) -> None:
         """Close all endpoints; what UCX still holds of them is waited for by the backend's `aclose`."""
@@ -570,7 +582,6 @@ class UcxBackend(Backend):
 
 
 _backends: weakref.WeakSet[UcxBackend] = weakref.WeakSet()
-_inherited: list[object] = []
 
 
 def _after_fork() -> None:
@@ -578,7 +589,7 @@ def _after_fork() -> None:
     for backend in _backends:
         for port in backend.ports:
             port.forget()
-        _inherited.append(backend)
+        keep_forever(backend)
     _backends.clear()
 
 

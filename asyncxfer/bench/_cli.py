@@ -197,6 +197,8 @@ def _senseless(arguments: argparse.Namespace) -> str:
         for option, given in (("--link veth", arguments.link == "veth"), ("--tls", arguments.tls)):
             if given:
                 return f"{option} is for --over tcp"
+    if arguments.over == "ucx" and arguments.checksum:
+        return "--checksum is not for --over ucx, whose backend computes none"
     if arguments.over != "ucx":
         for option, given in _ucx_options(arguments).items():
             if given is not None:

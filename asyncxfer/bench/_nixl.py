@@ -135,6 +135,7 @@ class NixlSide(Side):
 
     async def post(self, count: int) -> Message:
         request, called, ended, at_once = self._prepared[0], [], [], 0
+        cpu = time.process_time()
         for _ in range(count):
             start = time.perf_counter()
             state = self._agent.transfer(request)
@@ -142,7 +143,8 @@ class NixlSide(Side):
             at_once += state == "DONE"
             self._end(request, state)
             ended.append(time.perf_counter() - start)
-        return {"called": called, "ended": ended, "at_once": at_once}
+        used = time.process_time() - cpu
+        return {"called": called, "ended": ended, "at_once": at_once, "cpu_seconds": used}
 
     async def tell(self, count: int) -> list[float]:
         request, times = self._prepared[0], []

@@ -2,8 +2,8 @@
 
 The call of a prepared plan, or NIXL's ``transfer``, is timed by itself. What it includes is up to the system and the
 transport: a transport that copies within the call, as cma does, has done its work when it returns, and a system that
-posts only so many rows a turn has not posted the others. So beside it stand the whole time, and how often a transfer
-was done when its call returned. It knows pairs only.
+posts only so many rows a turn has not posted the others. So beside it stand the whole time, the CPU time that the
+initiator spent in it, and how often a transfer was done when its call returned. It knows pairs only.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Posted:
     ----------
     called, ended : sequence of float
         From the call until it returned, and until the transfer was done, in seconds; one entry a transfer.
+    cpu_seconds : float
+        CPU time of the initiator, all transfers together.
     at_once : float
         Share of transfers that were done when their call returned.
     """
@@ -47,6 +49,7 @@ class Posted:
     case: Case
     called: Sequence[float]
     ended: Sequence[float]
+    cpu_seconds: float
     at_once: float
     problem: str
 
@@ -59,6 +62,11 @@ class Posted:
     def seconds_per_row(self) -> float:
         """Median time until done, for each row."""
         return statistics.median(self.ended) / self.case.shape.count
+
+    @property
+    def cpu_seconds_per_row(self) -> float:
+        """CPU time of the initiator for each row."""
+        return self.cpu_seconds / len(self.called) / self.case.shape.count
 
 
 async def post(options: Options, report: Callable[[str], None]) -> list[Posted]:
@@ -97,4 +105,5 @@ async def _case(case: Case, pairs: dict[str, Pair], options: Options) -> list[Po
 def _posted(system: str, case: Case, answers: Sequence[Message], problem: str) -> Posted:
     called, ended = ([seconds for answer in answers for seconds in answer[key]] for key in ("called", "ended"))
     at_once = sum(answer["at_once"] for answer in answers) / len(called)
-    return Posted(system, case, called, ended, at_once, problem)
+    cpu_seconds = sum(answer["cpu_seconds"] for answer in answers)
+    return Posted(system, case, called, ended, cpu_seconds, at_once, problem)

@@ -107,20 +107,21 @@ def ucx_table(lines: Sequence[Line]) -> Table:
 
 def post_table(results: Sequence[Posted]) -> Table:
     """What it costs to post, one row a case and system."""
-    headers = ["shape", "op", "memory", "system", "call", "a row", "until done", "a row", "done at once", "bytes"]
+    headers = ["shape", "op", "memory", "system", "call", "a row", "until done", "a row", "CPU a row", "done at once"]
     rows = []
     for result in results:
         count = result.case.shape.count
         cells = [*_case(result.case), result.system]
         for each in (result.call_seconds_per_row, result.seconds_per_row):
             cells += [f"{each * count * 1e6:.1f} us", f"{each * 1e9:.0f} ns"]
-        rows.append([*cells, f"{result.at_once:.0%}", _verdict(result.problem)])
+        cells += [f"{result.cpu_seconds_per_row * 1e9:.0f} ns", f"{result.at_once:.0%}"]
+        rows.append([*cells, _verdict(result.problem)])
     note = (
         "Medians. Call: from calling the plan (NIXL: transfer) until that returns; it includes what a transport moves "
-        "within\nthe call, and leaves out rows that are posted later. Done at once: transfers that were done when it "
-        "returned."
+        "within\nthe call, and leaves out rows that are posted later. CPU: the initiator's, until done. Done at once: "
+        "transfers that\nwere done when the call returned."
     )
-    return Table(headers, rows, note)
+    return Table([*headers, "bytes"], rows, note)
 
 
 def idle_table(results: Sequence[Idle]) -> Table:
@@ -217,7 +218,7 @@ def to_plain(result: Line | Stall | Flood | Notified | Posted | Idle) -> dict[st
     elif isinstance(result, Posted):
         plain |= {"system": result.system, "called": list(result.called), "ended": list(result.ended)}
         plain |= {"call_seconds_per_row": result.call_seconds_per_row, "seconds_per_row": result.seconds_per_row}
-        plain |= {"at_once": result.at_once}
+        plain |= {"cpu_seconds_per_row": result.cpu_seconds_per_row, "at_once": result.at_once}
     elif isinstance(result, Stall):
         plain |= {"idle": result.idle, "moving": result.moving, "transfers": result.transfers}
         plain |= {"gigabytes_per_second": result.gigabytes_per_second}

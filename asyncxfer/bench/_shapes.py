@@ -25,9 +25,10 @@ _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _CONTIGUOUS = "/contiguous"
 _SHAPE = re.compile(rf"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)(?P<lie>{_CONTIGUOUS}|)", re.IGNORECASE)
 
-#: Bytes that a round moves at least, by repeating a small shape, up to this many times.
+#: Bytes that a round moves at least, by repeating a small shape, up to this many times and rows.
 _ROUND_BYTES = 32 << 20
 _MOST_REPEATS = 2000
+_MOST_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Shape:
     @property
     def repeats(self) -> int:
         """Transfers that are awaited one after the other in a round."""
-        return max(1, min(_MOST_REPEATS, _ROUND_BYTES // self.nbytes))
+        return max(1, min(_MOST_REPEATS, _MOST_ROWS // self.count, _ROUND_BYTES // self.nbytes))
 
 
 DEFAULT_SHAPES = (

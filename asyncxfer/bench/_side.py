@@ -75,7 +75,7 @@ class Side(ABC):
         -------
         dict
             ``called``: how long each call took that posts, in seconds; ``ended``: the same until the transfer was done;
-            ``at_once``: how many were done when the call returned.
+            ``at_once``: how many were done when the call returned; ``cpu_seconds`` of all together.
         """
         raise ValueError(f"{type(self).__name__} posts nothing")
 
