@@ -231,11 +231,14 @@ class Puppet:
     async def cut_ucx(self) -> int:
         """Shut down UCX's connections: those over IPv4, of which the agents here have none of their own."""
         cut = 0
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
-                if sock.family is socket.AF_INET and sock.type is socket.SOCK_STREAM and sock.getpeername():
-                    sock.shutdown(socket.SHUT_RDWR)
-                    cut += 1
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(fd))) as sock:
+                    if sock.family is socket.AF_INET and sock.type is socket.SOCK_STREAM and sock.getpeername():
+                        sock.shutdown(socket.SHUT_RDWR)
+                        cut += 1
         return cut
 
     async def aclose(self) -> None:
