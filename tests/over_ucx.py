@@ -83,7 +83,7 @@ async def stage_of(server: Server, configuration: dict[str, Any]) -> Far:
 
 @pytest.fixture(name="far")
 async def far_fixture(ucx_server: Server, request: pytest.FixtureRequest) -> AsyncIterator[Far]:
-    """Both sides, with a configuration from the test's parameters `transports`, `progress` and `workers`."""
+    """Both sides, with a configuration from the test's parameters `transports`, `progress`, `workers` and `backlog`."""
     given = getattr(request.node, "callspec", None)
     params = {} if given is None else given.params
     more = {key: params[name] for name, key in _KEYS.items() if name in params}
@@ -93,7 +93,7 @@ async def far_fixture(ucx_server: Server, request: pytest.FixtureRequest) -> Asy
     vars(far).clear()
 
 
-_KEYS = {"progress": "ucx_progress", "workers": "ucx_workers"}
+_KEYS = {"progress": "ucx_progress", "workers": "ucx_workers", "backlog": "backlog_bytes"}
 
 
 @pytest.fixture(name="ucx_server", scope="module")

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import hashlib
 import importlib
 import mmap
 import os
@@ -194,6 +195,51 @@ class Puppet:
     async def expect(self, tag: bytes, *, peer: str | None = None, timeout: float | None = None) -> Notification:
         """Wait for a notification."""
         return await self._started.expect(tag, peer=peer, timeout=timeout)
+
+    async def collect(self, last: bytes) -> list[bytes]:
+        """Take notifications until one has this tag; the SHA-256 of the tags of all before it."""
+        tags = []
+        async for note in self._started.notifications():
+            if note.tag == last:
+                return tags
+            tags.append(hashlib.sha256(note.tag).digest())
+        raise AssertionError("the agent was closed")
+
+    async def check_rows(self, name: str, *, peer: str) -> list[str]:
+        """Look at the row that each notification is about, as it comes, until "last"; what was wrong.
+
+        A tag has a round's number, which every word of the row is to be, the row, how many words, and how many rounds
+        were sent at once; when all these have come the peer is told to go on.
+        """
+        words = self._held[name].array.view(np.uint64)
+        wrong, came, seen = [], 0, set()
+        async for note in self._started.notifications():
+            if note.tag == b"last":
+                break
+            number, row, count, batch = map(int, note.tag.split())
+            if not (words[row, :count] == number).all():
+                wrong.append(f"{note.tag!r} came before its bytes")
+            if number in seen:
+                wrong.append(f"{note.tag!r} came twice")
+            seen.add(number)
+            came += 1
+            if came % batch == 0:
+                came = 0
+                self._peers[peer].notify(b"go on")
+        return wrong
+
+    async def cut_ucx(self) -> int:
+        """Shut down UCX's connections: those over IPv4, of which the agents here have none of their own."""
+        cut = 0
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(fd))) as sock:
+                    if sock.family is socket.AF_INET and sock.type is socket.SOCK_STREAM and sock.getpeername():
+                        sock.shutdown(socket.SHUT_RDWR)
+                        cut += 1
+        return cut
 
     async def aclose(self) -> None:
         """Close the agent, and everything with it."""

@@ -89,7 +89,6 @@ async def one(far: Far, number: int, draw: random.Random) -> list[str]:
         tasks.create_task(strike(far, fault, draw, posted))
         waits = [tasks.create_task(outcome(transfer)) for transfer in posted]
     ended = [wait.result() for wait in waits]
-    print("ROUND", number, fault, op, ended, flush=True)
     if fault == "freeze":
         far.other.resume()
     assert set(ended) <= ALLOWED[fault], f"{fault} {op}: {ended}"

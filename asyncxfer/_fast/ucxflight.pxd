@@ -60,6 +60,7 @@ cdef struct lane_t:             # an endpoint, and what hangs on it; with the po
     uint64_t holds              # posts that UCX holds on to
     piece_t* asked              # packed requests without an answer
     uint64_t asked_seq
+    int64_t ask_at              # when the target is to be asked whether it answers
     notes_t notes
     release_t* releases
 

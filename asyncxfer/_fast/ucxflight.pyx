@@ -34,6 +34,7 @@ cdef enum:
     LOOK_POSTS = 16             # at the clock, after so many posts
     LOOK_BYTES = 256 << 10      # or so many bytes
     GRACE_NS = 250_000_000      # for UCX to let go of what ends early
+    ASK_NS = 500_000_000        # without an answer to packed requests, until the target is asked for one
     TRIES = 8
 
 
@@ -498,6 +499,9 @@ cdef int post_packs(flight_t* f, int64_t until) noexcept nogil:
         lane.asked = piece
         f.packs += 1
         f.next_chunk += 1
+        if piece.next == NULL:
+            lane.ask_at = axf_now() + ASK_NS
+            port_due(f.port, lane.ask_at)
         memset(&head, 0, sizeof(head))
         memcpy(head.key, lane.group.key, 16)
         head.version, head.kind, head.lane = AXF_UCX_VERSION, AXF_UCX_PUT if f.put else AXF_UCX_GET, lane.index
@@ -514,7 +518,7 @@ cdef int post_packs(flight_t* f, int64_t until) noexcept nogil:
         if axf_now() >= until and not all_posted(f):
             return 1
     unqueue(f)
-    settle_flight(f)            # where there was nothing to send
+    settle_flight(f)            # one of nothing but a notification
     return 0
 
 
@@ -528,6 +532,7 @@ cdef void on_done(lane_t* lane, const axf_ucx_head* head, const char* data, size
         return
     f = piece.flight
     take_off(lane, piece)
+    lane.ask_at = axf_now() + ASK_NS
     chunk = &f.w.chunks[piece.index]
     if head.what != OK:
         f.status = head.what if head.what in (REVOKED, FAULT, DENIED, FAILED) else FAILED
@@ -590,11 +595,40 @@ cdef void on_answer(port_t* p, const axf_ucx_head* head, const char* data, size_
         if lane.state == GREETING and head.seq == lane.life:
             lane.state = UP
             mail(lane.group.mailbox, lane.group.owner, WELCOMED, &lane.index, sizeof(int))
+        elif lane.state == UP:
+            look_for_lost(lane, head.seq)
     elif head.kind == AXF_UCX_NOTED:
         notes_answer(&lane.notes, head.seq)
         send_notes(lane)
     else:
         on_done(lane, head, data, n)
+
+
+cdef void ask(lane_t* lane, int64_t now) noexcept nogil:
+    """Says hello where answers do not come: UCX may have closed a connection in silence, and notices when it sends."""
+    cdef axf_ucx_head head
+    if lane.asked == NULL or lane.state != UP:
+        return
+    if now >= lane.ask_at:
+        memset(&head, 0, sizeof(head))
+        memcpy(head.key, lane.group.key, 16)
+        head.version, head.kind, head.lane = AXF_UCX_VERSION, AXF_UCX_HELLO, lane.index
+        head.seq = lane.asked_seq
+        lane.ask_at = now + ASK_NS
+        if port_send(lane.port, lane.ep, &head, NULL, 0, NULL, True) != AXF_UCS_OK:
+            break_lane(lane)
+            return
+    port_due(lane.port, lane.ask_at)
+
+
+cdef void look_for_lost(lane_t* lane, uint64_t seq) noexcept nogil:
+    """Answers come in order: that to a hello comes after those to all that was asked before."""
+    cdef const piece_t* piece = lane.asked
+    while piece != NULL:
+        if piece.seq <= seq:
+            break_lane(lane)
+            return
+        piece = piece.next
 
 
 cdef void tick(port_t* p, int64_t now) noexcept nogil:
@@ -636,6 +670,7 @@ cdef void tick(port_t* p, int64_t now) noexcept nogil:
         if lane.stuck:
             lane.stuck = 0
             break_lane(lane)
+        ask(lane, now)
         if lane.state == UP and notes_look(&lane.notes, lane.ep, now) != AXF_UCS_OK:
             break_lane(lane)
         lane = lane.next
