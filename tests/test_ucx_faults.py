@@ -11,13 +11,11 @@ import os
 import random
 import time
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
-from over_ucx import BACKENDS, NBYTES, Far, every_transport, needs_ucx
+from over_ucx import NBYTES, Far, every_transport, needs_ucx
 from peers import pattern
-from stage import within
 
 from asyncxfer import Done, PeerLostError, Transfer, TransferTimeout
 

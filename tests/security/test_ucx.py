@@ -117,7 +117,9 @@ def row(offset: int, nbytes: int, segment: int = 0) -> bytes:
     return offset.to_bytes(8, "little") + nbytes.to_bytes(4, "little") + segment.to_bytes(4, "little")
 
 
-def put(key: bytes, slot: int, epoch: int, rows: list[bytes], data: bytes, **more: Any) -> tuple[int, int, bytes, bytes]:
+def put(
+    key: bytes, slot: int, epoch: int, rows: list[bytes], data: bytes, **more: Any
+) -> tuple[int, int, bytes, bytes]:
     more = {"count": len(rows)} | more
     return 16, 1, head(key, PUT, slot=slot, epoch=epoch, **more), b"".join(rows) + data
 
@@ -142,7 +144,9 @@ async def test_without_the_key_of_a_session(victim: Victim) -> None:
     ones = bytes([9]) * 64
     messages = [put(key, slot, epoch, [row(0, 64)], ones) for key in keys]
     messages += [(16, 1, head(key, NOTE, what=ord("N")), b"a lie") for key in keys]
-    messages += [(16, 1, head(key, kind, seq=seq), b"") for key in keys for kind in range(16) for seq in (0, 1, 1 << 63)]
+    messages += [
+        (16, 1, head(key, kind, seq=seq), b"") for key in keys for kind in range(16) for seq in (0, 1, 1 << 63)
+    ]
     await victim.lie(messages)
     await victim.prove()
 
@@ -166,7 +170,10 @@ async def test_with_the_key_and_lies(victim: Victim) -> None:
     messages += [put(key, slot, epoch, [row(0, 64)], nine, lane=lane) for lane in (16, 255)]
     get = head(key, GET, slot=slot, epoch=epoch, count=1)
     messages += [(16, 1, get, bad) for bad in beyond] + [(16, 0, get, row(0, 64)), (16, 1, get, b"short")]
-    messages += [(16, 1, get[:-n], row(0, 64)) for n in (1, 8, 39)] + [(16, 1, get + b"\0", row(0, 64)), (16, 1, b"", b"")]
+    messages += [(16, 1, get[:-n], row(0, 64)) for n in (1, 8, 39)] + [
+        (16, 1, get + b"\0", row(0, 64)),
+        (16, 1, b"", b""),
+    ]
     await victim.lie(messages)
     await victim.prove()
 
