@@ -93,7 +93,7 @@ async def stage_of(server: Server, configuration: dict[str, Any]) -> Far:
 
 @pytest.fixture(name="far")
 async def far_fixture(ucx_server: Server, request: pytest.FixtureRequest) -> AsyncIterator[Far]:
-    """Both sides, with a configuration from the test's parameters `transports`, `progress`, `workers`, `backlog` and `lost`."""
+    """Both sides, with a configuration from the test's parameters `transports` and those of `_KEYS`."""
     given = getattr(request.node, "callspec", None)
     params = {} if given is None else given.params
     more = {key: params[name] for name, key in _KEYS.items() if name in params}
