@@ -17,7 +17,17 @@ from stage import Cast
 
 from asyncxfer import Agent, DescriptorList, Peer, Region, RemoteRegion, Transfer
 
-__all__ = ["BACKENDS", "NBYTES", "TRANSPORTS", "Far", "config", "every_transport", "far_fixture", "needs_ucx", "stage_of"]
+__all__ = [
+    "BACKENDS",
+    "NBYTES",
+    "TRANSPORTS",
+    "Far",
+    "config",
+    "every_transport",
+    "far_fixture",
+    "needs_ucx",
+    "stage_of",
+]
 
 #: Bytes by messages that the target's software takes in; by system calls of the initiator; by shared memory.
 TRANSPORTS = ("tcp", "tcp,cma,posix", "tcp,sysv")
@@ -83,7 +93,7 @@ async def stage_of(server: Server, configuration: dict[str, Any]) -> Far:
 
 @pytest.fixture(name="far")
 async def far_fixture(ucx_server: Server, request: pytest.FixtureRequest) -> AsyncIterator[Far]:
-    """Both sides, with a configuration from the test's parameters `transports`, `progress`, `workers` and `backlog`."""
+    """Both sides, with a configuration from the test's parameters `transports` and those of `_KEYS`."""
     given = getattr(request.node, "callspec", None)
     params = {} if given is None else given.params
     more = {key: params[name] for name, key in _KEYS.items() if name in params}
@@ -93,7 +103,7 @@ async def far_fixture(ucx_server: Server, request: pytest.FixtureRequest) -> Asy
     vars(far).clear()
 
 
-_KEYS = {"progress": "ucx_progress", "workers": "ucx_workers", "backlog": "backlog_bytes"}
+_KEYS = {"progress": "ucx_progress", "workers": "ucx_workers", "backlog": "backlog_bytes", "lost": "lost_after"}
 
 
 @pytest.fixture(name="ucx_server", scope="module")

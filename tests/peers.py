@@ -198,7 +198,7 @@ class Puppet:
 
     async def collect(self, last: bytes) -> list[bytes]:
         """Take notifications until one has this tag; the SHA-256 of the tags of all before it."""
-        tags = []
+        tags: list[bytes] = []
         async for note in self._started.notifications():
             if note.tag == last:
                 return tags

@@ -82,7 +82,7 @@ def headers() -> Path:
 def program() -> str:
     lines = ["#include <ucp/api/ucp.h>", '#include "ucp.h"', "#define SAME(a, b) _Static_assert((a) == (b), #a)"]
     for ours, (theirs, fields) in STRUCTURES.items():
-        lines.append(f"_Static_assert(sizeof({ours}) {'>=' if ours in GROW else '=='} sizeof({theirs}), \"{ours}\");")
+        lines.append(f'_Static_assert(sizeof({ours}) {">=" if ours in GROW else "=="} sizeof({theirs}), "{ours}");')
         for mine, its in fields.items():
             lines.append(f"SAME(offsetof({ours}, {mine}), offsetof({theirs}, {its}));")
             lines.append(f"SAME(sizeof((({ours} *)0)->{mine}), sizeof((({theirs} *)0)->{its}));")

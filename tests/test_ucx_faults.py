@@ -11,13 +11,11 @@ import os
 import random
 import time
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
-from over_ucx import BACKENDS, NBYTES, Far, every_transport, needs_ucx
+from over_ucx import NBYTES, Far, every_transport, needs_ucx
 from peers import pattern
-from stage import within
 
 from asyncxfer import Done, PeerLostError, Transfer, TransferTimeout
 
@@ -62,8 +60,9 @@ def post(far: Far, number: int, fault: str, draw: random.Random) -> tuple[str, l
     count = draw.choice((1, 3))
     tags = [b"%d/%d" % (number, n) for n in range(count)] if draw.random() < 0.7 else []
     far.array[:] = pattern(3 + number, (NBYTES,))
+    nothing: list[bytes | None] = [None] * count
     timeout = SHORT if fault == "freeze" else TIMEOUT
-    return op, tags, [far.post(op, offsets, length, notify=tag, timeout=timeout) for tag in tags or [None] * count]
+    return op, tags, [far.post(op, offsets, length, notify=tag, timeout=timeout) for tag in tags or nothing]
 
 
 async def strike(far: Far, fault: str, draw: random.Random, posted: list[Transfer]) -> None:

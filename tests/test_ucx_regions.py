@@ -12,7 +12,7 @@ from over_ucx import BACKENDS, NBYTES, Far, every_transport, needs_ucx
 from peers import make_region, moving, pattern
 from stage import both_ops, within
 
-from asyncxfer import Agent, PeerLostError, Transfer, TransferError
+from asyncxfer import PeerLostError, Transfer, TransferError
 from asyncxfer._fast import ucp
 
 pytestmark = needs_ucx
@@ -146,14 +146,14 @@ async def test_a_region_of_several_segments(far: Far, transports: str, workers: 
 
 @every_transport
 @pytest.mark.parametrize(("progress", "workers"), [("loop", 1), ("thread", 2)])
-@every_length
+@pytest.mark.parametrize("length", [65536, 4096], ids=["pieces", "small"])
 @both_ops
 async def test_a_broken_connection_is_made_again(
     far: Far, transports: str, progress: str, workers: int, length: int, op: str
 ) -> None:
     """UCX's sockets in the other process are shut down in the middle of it, again and again; nobody notices."""
     far.array[:] = pattern(6, (NBYTES,))
-    for number in range(4):
+    for number in range(2):
         tag = b"%d" % number
         transfer = long(far, op, length, notify=tag, timeout=10)
         with contextlib.suppress(StopAsyncIteration):
@@ -169,7 +169,8 @@ async def test_a_broken_connection_is_made_again(
 
 
 @every_transport
-async def test_a_peer_that_stands_still_for_long_is_used_again(far: Far, transports: str) -> None:
+@pytest.mark.parametrize("lost", [0.5])
+async def test_a_peer_that_stands_still_for_long_is_used_again(far: Far, transports: str, lost: float) -> None:
     """No endpoint is answered meanwhile, for longer than `lost_after`; its process lives, so it is not lost."""
     far.other.stop()
     late = [far.post("get", timeout=0.3, notify=b"late") for _ in range(3)]
@@ -177,7 +178,7 @@ async def test_a_peer_that_stands_still_for_long_is_used_again(far: Far, transpo
         for transfer in late:
             with contextlib.suppress(TimeoutError):
                 await transfer
-    await asyncio.sleep(4)
+    await asyncio.sleep(3)
     far.other.resume()
     far.array[:] = pattern(1, (NBYTES,))
     async with within():

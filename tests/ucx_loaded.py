@@ -1,4 +1,4 @@
-"""Imported by a process that others are forked from: they find UCX loaded, which takes half a second, and not in use."""
+"""Imported by a process that others are forked from: they find UCX loaded, which takes time, and not in use."""
 
 from asyncxfer import Config
 from asyncxfer.backends import _ucx_library
