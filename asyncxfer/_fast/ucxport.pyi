@@ -4,6 +4,8 @@ from typing import final
 
 from asyncxfer._fast.poller import Mailbox
 
+__pyx_capi__: dict[str, object]  # what other Cython modules link to
+
 def keep_forever(thing: object) -> None: ...
 def live() -> int: ...
 

@@ -449,8 +449,9 @@ class UcxBackend(Backend):
         kind = HOST if memory.kind is MemoryKind.DRAM else f"cuda:{memory.device}"
         ranges: list[Range[UcpMemory]] = []
         try:
-            for segment in memory.segments:
-                ranges.append(self._ranges.acquire(segment.address, max(segment.nbytes, 1), kind))
+            ranges.extend(
+                self._ranges.acquire(segment.address, max(segment.nbytes, 1), kind) for segment in memory.segments
+            )
         except RegistrationError:
             for held in ranges:
                 self._ranges.release(held)
