@@ -3,10 +3,12 @@
 # PYTHON   the interpreter that the environment is made with   (make test PYTHON=python3.13)
 # VENV     where the environment lives                         (make test VENV=.venv-3.13)
 # ARGS     passed on to what runs                              (make test ARGS="-k shm -x")
+# LIBUCX   the version that `make test-ucx` tests with
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+LIBUCX ?= 1.22.0
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -17,7 +19,7 @@ PROJECT := pyproject.toml setup.py
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs build sdist-proof clean
+.PHONY: help demo test test-ucx lint format bench docs build sdist-proof clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +29,12 @@ demo: $(STAMPS)/native  ## move a paged KV cache from a prefill process to a dec
 
 test: $(STAMPS)/test $(STAMPS)/native  ## the whole suite, with coverage of the Python
 	$(PY) -m pytest --cov --cov-report=term $(ARGS)
+
+test-ucx: $(STAMPS)/test $(STAMPS)/native  ## the tests over UCX with another version of it: make test-ucx LIBUCX=1.22.0
+	$(PIP) --upgrade --no-deps --target $(VENV)/libucx-$(LIBUCX) libucx-cu12==$(LIBUCX)
+	UCX_OTHER_BUILD=$(abspath $(VENV))/libucx-$(LIBUCX)/libucx ASYNCXFER_UCX_LIBRARY=$(abspath $(VENV))/libucx-$(LIBUCX)/libucx \
+	    $(PY) -m pytest tests/test_contract.py tests/test_ucx*.py tests/test_ucp.py tests/security/test_ucx.py \
+	    -k "ucx or Ucx or ucp" $(ARGS)
 
 lint: $(STAMPS)/lint $(STAMPS)/native  ## ruff, mypy --strict, stubtest, layers, change log
 	$(BIN)/ruff check .
