@@ -106,7 +106,7 @@ async def test_a_tag_may_be_as_large_as_is_configured(far: Far, transports: str)
         await asyncio.gather(*(far.post("put", [0], 8, notify=tag) for tag in tags))
         await far.post("put", [0], 0, notify=b"last")
         assert Counter(await collecting) == digests(tags)
-        with pytest.raises(DescriptorError, match="32,?769"):
+        with pytest.raises(DescriptorError, match=r"32,?769"):
             far.post("put", [0], 8, notify=bytes(32769))
 
 
