@@ -99,7 +99,7 @@ async def test_an_owner_closes_a_region_under_a_transfer(two: Two, op: str) -> N
 
 
 async def test_regions_come_and_go(two: Two) -> None:
-    """The initiator says each time that it has left: nobody waits for `close_timeout`, which is longer than the test."""
+    """The initiator says each time that it has left: nobody waits for `close_timeout`, longer than the test."""
     async with within():
         await two.post("put")
         await two.outcome()
