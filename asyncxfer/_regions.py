@@ -60,6 +60,7 @@ class Regions:
         self._free_slots: list[int] = []
         self._slots = 0
         self._count = 0
+        self._pinning = asyncio.Lock()  # held while a backend pins memory, or lets go of it
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -96,35 +97,77 @@ class Regions:
         else:
             backings = await self._in_thread(_backings, memory, "w" in access and not memory.readonly)
             self._flights.check_open()
+        registrations: dict[str, Registration] = {}
         try:
-            region = self._enter(memory, name, access, grants, array)
+            self._check_room(name)
+            await self._show(memory, registrations)
+            self._flights.check_open()
+            self._check_room(name)  # somebody else may have come meanwhile
+            region = self._enter(memory, name, access, grants, array, registrations)
         except BaseException:
+            await asyncio.shield(self._withdraw(registrations))
             backings.close()
             raise
         region.backings = backings
         self._acceptor.open(region)
         return region
 
-    def _enter(
-        self, memory: Memory, name: str | None, access: Access, grants: Grants, array: npt.NDArray[Any] | None
-    ) -> Region:
-        """Give memory a number, a name and a slot, and show it to every backend."""
-        number = self._count + 1
-        name = f"region-{number}" if name is None else name
+    def _check_room(self, name: str | None) -> None:
+        name = self._name(name)
         if name in self._regions:
             raise RegistrationError(f"agent {self._agent!r} has a region {name!r} already; names are unique")
         if not self._free_slots and self._slots >= SLOTS:
             raise RegistrationError(f"agent {self._agent!r} has {SLOTS:,} regions, the most there are; register lists")
-        registrations: dict[str, Registration] = {}
+
+    def _name(self, name: str | None) -> str:
+        return f"region-{self._count + 1}" if name is None else name
+
+    async def _show(self, memory: Memory, registrations: dict[str, Registration]) -> None:
+        """Register memory with every backend that can use it, of which one is needed; fills in the registrations."""
         refused: dict[str, str] = {}
         for backend in self._backends.values():
             try:
-                registrations[backend.name] = backend.register(memory)
+                if not backend.pins:
+                    registrations[backend.name] = backend.register(memory)
+                    continue
+                async with self._pinning:
+                    await self._to_the_end(self._pin, backend, memory, registrations)
             except RegistrationError as error:
                 refused[backend.name] = str(error)
         if not registrations:
             reasons = "; ".join(f"{k}: {v}" for k, v in (dict(self._refused) | refused).items())
             raise RegistrationError(f"no backend can use this {memory.kind} memory ({reasons})")
+
+    async def _withdraw(self, registrations: dict[str, Registration]) -> None:
+        """Undo what `_show` did."""
+        while registrations:
+            name, registration = registrations.popitem()
+            backend = self._backends[name]
+            if not backend.pins:
+                backend.deregister(registration)
+                continue
+            async with self._pinning:
+                await self._to_the_end(backend.deregister, registration)
+
+    @staticmethod
+    def _pin(backend: Backend, memory: Memory, registrations: dict[str, Registration]) -> None:
+        registrations[backend.name] = backend.register(memory)
+
+    async def _to_the_end(self, call: Callable[..., None], *args: object) -> None:
+        """Run a call in a thread; whoever waits is cancelled no sooner than it has ended."""
+        task = asyncio.ensure_future(self._in_thread(call, *args))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait([task])
+            raise
+
+    def _enter(
+        self, memory: Memory, name: str | None, access: Access, grants: Grants, array: npt.NDArray[Any] | None,
+        registrations: dict[str, Registration],
+    ) -> Region:  # fmt: skip
+        """Give memory that has been shown to the backends a number, a name and a slot."""
+        number, name = self._count + 1, self._name(name)
         if not self._free_slots:  # a slot whose last initiator is stopped inside it never becomes free again
             self._free_slots.append(self._slots)
             self._slots += 1
@@ -161,9 +204,7 @@ class Regions:
             self._shut(region, self._acceptor.shut(region)),
             flights.settle(flights.using(region), within=self._config.close_timeout),
         )
-        for backend, registration in region.registrations.items():
-            self._backends[backend].deregister(registration)
-        region.registrations.clear()
+        await self._withdraw(region.registrations)
         if region.backings is not None:
             region.backings.close()
         del self._regions[region.name]

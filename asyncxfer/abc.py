@@ -342,6 +342,9 @@ class Backend(abc.ABC):
     """Whether it can verify the bytes at their destination."""
     joins: ClassVar[bool] = False
     """Whether `serve` is called as soon as an initiator has joined, not only with its first connection."""
+    pins: ClassVar[bool] = False
+    """Whether `register` and `deregister` may take long, as where memory is pinned for a device: they are called in a
+    thread then, one at a time."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

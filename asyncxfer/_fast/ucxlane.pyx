@@ -408,7 +408,7 @@ def submit(UcxWork work not None, Completion completion not None, int priority=0
     axf_add(&g.flights, 1)
     if not port.p.threaded and port.ident == this_thread():
         port.queue = completion.queue
-    if pthread_mutex_trylock(&port.p.lock) != 0:
+    if pthread_mutex_trylock(&port.p.lock.mutex) != 0:
         axf_push(&of(&port.p).inbox, &f.inbox)
         port.kick()
         return

@@ -34,11 +34,15 @@ cdef extern from "ucxwire.h" nogil:
         uint32_t nbytes, segment
 
 
+cdef struct lock_t:             # of the ports of one context: UCX serves only one thread at a time there
+    pthread_mutex_t mutex
+    int wanted                  # atomic: who waits for it, so that a thread lets go of it
+
+
 cdef struct port_t:
     void* worker
     int efd, number             # number: of the ports of one agent
-    pthread_mutex_t lock        # held by who calls UCX on this worker, and over all that hangs on the port
-    int wanted                  # atomic: who waits for the lock, so that the thread lets go of it
+    lock_t* lock                # held by who calls UCX on this worker, and over all that hangs on the port
     int attention               # atomic: `tick` is to be called in the next turn
     int64_t due                 # when it is to be called; 0 never
     mailbox_t* mailbox
@@ -65,8 +69,14 @@ cdef int port_send(
 ) noexcept nogil
 
 
+cdef class Lock:
+    cdef lock_t l
+    cdef list ports             # that are driven
+
+
 cdef class Port:
     cdef port_t p
+    cdef Lock lock
     cdef object worker
     cdef object loop
     cdef object timer
@@ -75,6 +85,7 @@ cdef class Port:
     cdef readonly Mailbox mailbox
     cdef uint64_t drained       # how many of those that have ended the queue has been asked for
     cdef unsigned long ident    # the loop's thread
+    cdef bint counted
     cdef bint scheduled
     cdef bint closed
 

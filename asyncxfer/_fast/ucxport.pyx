@@ -3,7 +3,8 @@
 
 A turn lets UCX make progress, lets transfers be posted, for a fraction of a millisecond, and when there is nothing more
 to do arms the worker, whose descriptor then says when there is again. Everything that calls UCX on a worker holds the
-port's lock, callbacks included. What is posted, and what messages mean, is not known here (see `ucxlane`, `ucxserve`).
+lock of its context, callbacks included; memory is registered without, for which UCX has locks of its own. What is
+posted, and what messages mean, is not known here (see `ucxlane`, `ucxserve`).
 """
 
 import threading
@@ -53,13 +54,13 @@ def live() -> int:
 # ---- the lock -----------------------------------------------------------------------------------------------------
 
 cdef void port_lock(port_t* p) noexcept nogil:
-    axf_add(&p.wanted, 1)
-    pthread_mutex_lock(&p.lock)
-    axf_add(&p.wanted, -1)
+    axf_add(&p.lock.wanted, 1)
+    pthread_mutex_lock(&p.lock.mutex)
+    axf_add(&p.lock.wanted, -1)
 
 
 cdef void port_unlock(port_t* p) noexcept nogil:
-    pthread_mutex_unlock(&p.lock)
+    pthread_mutex_unlock(&p.lock.mutex)
 
 
 cdef void port_due(port_t* p, int64_t due) noexcept nogil:
@@ -136,7 +137,7 @@ cdef int turn(port_t* p, int64_t budget, bint arm) noexcept nogil:
         if p.post != NULL and p.post(p, until):
             more = 1
         now = axf_now()
-        if more and (now >= until or axf_load(&p.wanted)):
+        if more and (now >= until or axf_load(&p.lock.wanted)):
             break
         if not more:
             status = ucp.worker_arm(p.worker) if arm else AXF_UCS_OK
@@ -157,9 +158,9 @@ cdef void* worker_thread(void* arg) noexcept nogil:
     event.fd, event.events = p.efd, POLLIN
     while not axf_load(&p.stopping):
         now = axf_now()
-        pthread_mutex_lock(&p.lock)
+        pthread_mutex_lock(&p.lock.mutex)
         more = turn(p, THREAD_TURN_NS, now - busy >= LINGER_NS)
-        pthread_mutex_unlock(&p.lock)
+        pthread_mutex_unlock(&p.lock.mutex)
         if more:
             busy = now
         elif now - busy >= LINGER_NS:
@@ -168,7 +169,7 @@ cdef void* worker_thread(void* arg) noexcept nogil:
             if event.revents:
                 busy = axf_now()
             continue
-        while axf_load(&p.wanted):
+        while axf_load(&p.lock.wanted):
             sched_yield()
         sched_yield()
     return NULL
@@ -181,6 +182,17 @@ def keep_forever(thing) -> None:
     Py_INCREF(thing)
 
 
+cdef class Lock:
+    """What the ports of one context share: UCX lets one thread at a time into a context that UCXX has made."""
+
+    def __cinit__(self) -> None:
+        pthread_mutex_init(&self.l.mutex, NULL)
+        self.ports = []
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.l.mutex)
+
+
 cdef class Port:
     """A worker, and what drives it; ``with port:`` holds its lock, for calls of UCXX on this worker.
 
@@ -190,20 +202,22 @@ cdef class Port:
         A ucp_worker_h with events.
     number : int
         Which of the agent's, from 0 to 15.
+    lock : Lock
+        Of the worker's context.
     mailbox : Mailbox
         Where it is said what Python has to do something about.
     keep : object
         What must live as long.
     """
 
-    def __cinit__(self, uintptr_t worker, int number, Mailbox mailbox not None, keep) -> None:
+    def __cinit__(self, uintptr_t worker, int number, Lock lock not None, Mailbox mailbox not None, keep) -> None:
         global _live
         cdef axf_ucp_am_handler handler
         if ucp.library == NULL:
             raise BackendError("UCX has not been bound in this process")
         self.worker, self.mailbox = keep, mailbox
         self.p.worker, self.p.number, self.p.mailbox = <void*>worker, number, &mailbox.box
-        pthread_mutex_init(&self.p.lock, NULL)
+        self.lock, self.p.lock = lock, &lock.l
         memset(&handler, 0, sizeof(handler))
         handler.mask = 1 | 4 | 8
         handler.id, handler.on_am, handler.arg = AXF_UCX_AM, on_message, &self.p
@@ -215,12 +229,12 @@ cdef class Port:
             status = ucp.worker_get_efd(self.p.worker, &self.p.efd)
         if status != AXF_UCS_OK:
             raise BackendError(f"a worker of UCX cannot be used: {_ucp.word(status)}")
+        self.counted = True
         _live += 1
 
     def __dealloc__(self):
         global _live
-        if self.p.worker != NULL:
-            pthread_mutex_destroy(&self.p.lock)
+        if self.counted:
             _live -= 1
 
     def __enter__(self) -> None:
@@ -228,8 +242,10 @@ cdef class Port:
             port_lock(&self.p)
 
     def __exit__(self, *_) -> None:
+        cdef Port port
         port_unlock(&self.p)
-        self.kick()             # a turn may have found the lock taken
+        for port in self.lock.ports:
+            port.kick()         # a turn may have found the lock taken
 
     @property
     def threaded(self) -> bool:
@@ -244,6 +260,7 @@ cdef class Port:
     def start(self, loop, *, bint thread=False) -> None:
         """Be driven from now on, by a loop that is running in this thread, or by a thread of its own."""
         self.loop, self.ident = loop, PyThread_get_thread_ident()
+        self.lock.ports = [*self.lock.ports, self]
         if thread:
             if start_thread(&self.p.thread, worker_thread, b"axf-ucx", &self.p) != 0:
                 raise BackendError("no thread could be started for UCX; is a limit on them or on memory reached?")
@@ -265,11 +282,11 @@ cdef class Port:
             return
         self.scheduled = False
         with nogil:
-            if pthread_mutex_trylock(&self.p.lock) != 0:
+            if pthread_mutex_trylock(&self.p.lock.mutex) != 0:
                 more = -1
             else:
                 more = turn(&self.p, TURN_NS, True)
-                pthread_mutex_unlock(&self.p.lock)
+                pthread_mutex_unlock(&self.p.lock.mutex)
         if more < 0:
             return              # who holds the lock for long asks for a turn afterwards
         if self.queue is not None and self.p.ended != self.drained:
@@ -339,6 +356,7 @@ cdef class Port:
             return
         self.closed = True
         self.queue = None
+        self.lock.ports = [port for port in self.lock.ports if port is not self]
         if self.p.threaded:
             axf_store(&self.p.stopping, 1)
             ucp.worker_signal(self.p.worker)

@@ -27,7 +27,7 @@ from .._fast.consolidation import consolidate
 from .._fast.poller import Mailbox
 from .._fast.ucp import Memory as UcpMemory
 from .._fast.ucxlane import Group, Keys, UcxWork
-from .._fast.ucxport import Port, keep_forever
+from .._fast.ucxport import Lock, Port, keep_forever
 from .._fast.ucxserve import UcxSession
 from ..abc import (
     Backend,
@@ -372,6 +372,7 @@ class UcxBackend(Backend):
     )
     carries_notes: ClassVar[bool] = True
     joins: ClassVar[bool] = True
+    pins: ClassVar[bool] = True
 
     @classmethod
     def examine(cls, config: Config) -> str:
@@ -389,7 +390,8 @@ class UcxBackend(Backend):
         library, self._context, self.workers = _ucx_library.take(config)
         ucp.bind(library.path)
         self.mailbox = Mailbox()
-        self.ports = [Port(worker.handle, n, self.mailbox, worker) for n, worker in enumerate(self.workers)]
+        lock = Lock()
+        self.ports = [Port(worker.handle, n, lock, self.mailbox, worker) for n, worker in enumerate(self.workers)]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readers: dict[int, Callable[[int, bytes], None]] = {}
         self._count = 0
@@ -447,8 +449,9 @@ class UcxBackend(Backend):
         kind = HOST if memory.kind is MemoryKind.DRAM else f"cuda:{memory.device}"
         ranges: list[Range[UcpMemory]] = []
         try:
-            for segment in memory.segments:
-                ranges.append(self._ranges.acquire(segment.address, max(segment.nbytes, 1), kind))
+            ranges.extend(
+                self._ranges.acquire(segment.address, max(segment.nbytes, 1), kind) for segment in memory.segments
+            )
         except RegistrationError:
             for held in ranges:
                 self._ranges.release(held)
