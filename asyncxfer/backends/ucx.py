@@ -96,6 +96,7 @@ class _Remote(RemoteRegistration):
     number: int
     bases: npt.NDArray[np.uint64]
     keys: Keys
+    packed: bool = True  # until the keys have been unpacked for the first time
     refused: str = ""
 
 
@@ -120,6 +121,15 @@ def _unpack(data: bytes, *, most: int, longest: int) -> tuple[list[bytes], bytes
     return parts, data[at:]
 
 
+def _unpack_keys(remote: _Remote, index: int) -> None:
+    """With the port's lock held."""
+    try:
+        remote.keys.unpack(index)
+    except BackendError as error:  # nothing goes with them
+        remote.refused = str(error)
+        remote.keys.revoke()
+
+
 class _Endpoint(Endpoint):
     """A peer, and an endpoint for each worker; one that breaks is made again while the peer is there."""
 
@@ -131,6 +141,8 @@ class _Endpoint(Endpoint):
         self.group = Group(backend.ports, backend.mailbox, self._number, info.link, info.key)
         self._endpoints: dict[int, Any] = {}
         self._remotes: dict[int, _Remote] = {}
+        self._released: list[_Remote] = []
+        self._refreshing: asyncio.Task[None] | None = None
         self._waits: defaultdict[tuple[int, int], set[asyncio.Future[None]]] = defaultdict(set)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._making: dict[int, asyncio.Task[None]] = {}  # goes on in its thread when who waits is cancelled
@@ -161,16 +173,7 @@ class _Endpoint(Endpoint):
             ) from None
         finally:
             self._waits[ucxlane.WELCOMED, index].discard(welcomed)
-        port = self._backend.ports[index]
-        with port:
-            for remote in self._remotes.values():
-                try:
-                    remote.keys.unpack(index)
-                except BackendError as error:  # they were usable before: nothing goes with them any more
-                    remote.refused = str(error)
-                    remote.keys.revoke()
-            self.group.go_on(index)
-        port.rouse()
+        await asyncio.to_thread(self._go_on, index)
 
     def _make(self, index: int) -> None:
         """In a thread: it takes UCX milliseconds to choose transports."""
@@ -183,6 +186,12 @@ class _Endpoint(Endpoint):
                 self.group.attach(index, endpoint.handle)
         except native.UCXError as error:
             raise BackendError(f"UCX does not reach {self._info.name!r}: {error}") from error
+
+    def _go_on(self, index: int) -> None:
+        with self._backend.ports[index]:
+            for remote in list(self._remotes.values()):
+                _unpack_keys(remote, index)
+            self.group.go_on(index)
 
     async def _take_down(self, index: int) -> None:
         """Close an endpoint by force, and wait until UCX holds on to nothing of it."""
@@ -277,13 +286,7 @@ class _Endpoint(Endpoint):
         bases = np.array([address for address, _, _ in places], dtype=np.uint64)
         remote = _Remote(kind, segments, number, bases, Keys(self.group, each, number))
         self._remotes[number] = remote
-        for index in range(self.group.lanes):
-            if self.group.up(index):
-                with self._backend.ports[index]:
-                    try:
-                        remote.keys.unpack(index)
-                    except BackendError as error:
-                        remote.refused = str(error)
+        self._refresh()
         return remote
 
     def detach(self, remote: RemoteRegistration) -> None:
@@ -295,10 +298,34 @@ class _Endpoint(Endpoint):
     def _release(self, number: int) -> None:
         remote = self._remotes.pop(number, None)
         if remote is not None:
-            for index in range(self.group.lanes):
-                with self._backend.ports[index]:
+            self._released.append(remote)
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Have keys unpacked that came, and dropped that went, soon."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.ensure_future(self._refreshed())
+
+    async def _refreshed(self) -> None:
+        # In a thread: it may have to wait while an endpoint is being made. Until then transfers with new keys wait, too.
+        while self._released or any(remote.packed for remote in self._remotes.values()):
+            await asyncio.to_thread(self._sort_keys)
+
+    def _sort_keys(self) -> None:
+        new = [remote for remote in list(self._remotes.values()) if remote.packed]
+        old, self._released = self._released, []
+        for index in range(self.group.lanes):
+            with self._backend.ports[index]:
+                for remote in new:
+                    if self.group.up(index):
+                        _unpack_keys(remote, index)
+                for remote in old:
                     remote.keys.drop(index)
-            self.group.release(number)
+        for remote in new:
+            remote.packed = False
+        for remote in old:
+            self.group.release(remote.number)
+        self.group.rouse()
 
     # -- the end
 
@@ -316,7 +343,8 @@ class _Endpoint(Endpoint):
         self._backend.bury(self._bury())
 
     async def _bury(self) -> None:
-        await asyncio.gather(*self._tasks.values(), *self._making.values(), return_exceptions=True)
+        refreshing = [] if self._refreshing is None else [self._refreshing]
+        await asyncio.gather(*self._tasks.values(), *self._making.values(), *refreshing, return_exceptions=True)
         for index in range(self.group.lanes):
             await self._take_down(index)
         self._backend.leave(self._number)
