@@ -108,4 +108,5 @@ cdef axf_ucp_table ucp
 cdef class Memory:
     cdef void* context
     cdef readonly size_t nbytes
+    cdef object keep
     cdef void* handle

@@ -4,6 +4,7 @@
 Who made the context, the worker and the endpoints is not known here; they come as the numbers that UCXX gives.
 """
 
+cimport cython
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
@@ -52,6 +53,7 @@ cdef int check_bound() except -1:
     return 0
 
 
+@cython.no_gc_clear             # the context is needed to let go of the memory
 cdef class Memory:
     """Memory that UCX may read and write, and peers with its key.
 
@@ -62,6 +64,8 @@ cdef class Memory:
     address, nbytes : int
     cuda : bool
         It is a GPU's.
+    keep : object
+        What must live as long: the context.
 
     Raises
     ------
@@ -69,7 +73,7 @@ cdef class Memory:
         UCX cannot use it.
     """
 
-    def __cinit__(self, uintptr_t context, uintptr_t address, size_t nbytes, *, bint cuda=False) -> None:
+    def __cinit__(self, uintptr_t context, uintptr_t address, size_t nbytes, *, bint cuda=False, keep=None) -> None:
         global _live
         cdef axf_ucp_map_param p
         cdef int status
@@ -82,7 +86,7 @@ cdef class Memory:
         if status != AXF_UCS_OK:
             self.handle = NULL
             raise RegistrationError(f"UCX cannot register {nbytes:,} bytes at {address:#x}: {word(status)}")
-        self.context, self.nbytes = <void*>context, nbytes
+        self.context, self.nbytes, self.keep = <void*>context, nbytes, keep
         _live += 1
 
     def __dealloc__(self):
@@ -117,6 +121,7 @@ cdef class Memory:
             _live -= 1
             with nogil:
                 ucp.mem_unmap(self.context, handle)
+            self.keep = None
 
 
 def transports(uintptr_t endpoint) -> list[tuple[str, str]]:

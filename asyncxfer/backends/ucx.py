@@ -307,7 +307,7 @@ class _Endpoint(Endpoint):
             self._refreshing = asyncio.ensure_future(self._refreshed())
 
     async def _refreshed(self) -> None:
-        # In a thread: it may have to wait while an endpoint is being made. Until then transfers with new keys wait, too.
+        # In a thread: it may have to wait while an endpoint is made. Until then transfers with new keys wait, too.
         while self._released or any(remote.packed for remote in self._remotes.values()):
             await asyncio.to_thread(self._sort_keys)
 
@@ -487,7 +487,7 @@ class UcxBackend(Backend):
         return _Registration(memory, self._registrations, tuple(ranges))
 
     def _map(self, address: int, nbytes: int, kind: str) -> UcpMemory:
-        return UcpMemory(self._context.handle, address, nbytes, cuda=kind != HOST)
+        return UcpMemory(self._context.handle, address, nbytes, cuda=kind != HOST, keep=self._context)
 
     def deregister(self, registration: Registration) -> None:
         """Take it back."""
