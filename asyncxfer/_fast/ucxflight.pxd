@@ -58,7 +58,8 @@ cdef struct lane_t:             # an endpoint, and what hangs on it; with the po
     int stuck                   # holds on to what was to end long ago
     uint64_t life               # grows with each endpoint
     uint64_t holds              # posts that UCX holds on to
-    piece_t* asked              # packed requests without an answer
+    piece_t* asked              # packed requests without an answer, oldest first
+    piece_t* last_asked
     uint64_t asked_seq
     int64_t ask_at              # when the target is to be asked whether it answers
     notes_t notes

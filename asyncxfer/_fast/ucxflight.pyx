@@ -460,6 +460,8 @@ cdef void take_off(lane_t* lane, piece_t* piece) noexcept nogil:
         lane.asked = piece.next
     if piece.next != NULL:
         piece.next.prev = piece.prev
+    else:
+        lane.last_asked = piece.prev
     piece.flight.packs -= 1
 
 
@@ -493,13 +495,15 @@ cdef int post_packs(flight_t* f, int64_t until) noexcept nogil:
         piece.flight, piece.index, piece.left, piece.posted = f, f.next_chunk, 0, 1
         lane.asked_seq += 1
         piece.seq = lane.asked_seq
-        piece.prev, piece.next = NULL, lane.asked
-        if lane.asked != NULL:
-            lane.asked.prev = piece
-        lane.asked = piece
+        piece.prev, piece.next = lane.last_asked, NULL
+        if piece.prev != NULL:
+            piece.prev.next = piece
+        else:
+            lane.asked = piece
+        lane.last_asked = piece
         f.packs += 1
         f.next_chunk += 1
-        if piece.next == NULL:
+        if piece.prev == NULL:
             lane.ask_at = axf_now() + ASK_NS
             port_due(f.port, lane.ask_at)
         memset(&head, 0, sizeof(head))
@@ -623,12 +627,8 @@ cdef void ask(lane_t* lane, int64_t now) noexcept nogil:
 
 cdef void look_for_lost(lane_t* lane, uint64_t seq) noexcept nogil:
     """Answers come in order: that to a hello comes after those to all that was asked before."""
-    cdef const piece_t* piece = lane.asked
-    while piece != NULL:
-        if piece.seq <= seq:
-            break_lane(lane)
-            return
-        piece = piece.next
+    if lane.asked != NULL and lane.asked.seq <= seq:
+        break_lane(lane)
 
 
 cdef void tick(port_t* p, int64_t now) noexcept nogil:

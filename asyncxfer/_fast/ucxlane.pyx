@@ -143,10 +143,12 @@ cdef class Group:
             raise BackendError(f"UCX cannot send to the peer: {_ucp.word(status)}")
 
     def go_on(self, int index) -> None:
-        """Send over a lane what has waited for it: it is up, and keys have been unpacked for it. With the lock held."""
+        """Send over a lane what has waited for it; keys have been unpacked for it. With the port's lock held."""
         cdef lane_t* lane = self.lane(index)
         cdef axf_ucx_head head
         cdef release_t* r
+        if lane.state != UP:
+            return              # it has broken meanwhile
         memset(&head, 0, sizeof(head))
         memcpy(head.key, self.g.key, 16)
         head.version, head.kind, head.lane = AXF_UCX_VERSION, AXF_UCX_RELEASE, index
@@ -270,7 +272,7 @@ cdef class Keys:
             _live -= 1
 
     def unpack(self, int index) -> None:
-        """Make them usable on a lane that has an endpoint. With the port's lock held.
+        """Make them usable on a lane, if it has an endpoint. With the port's lock held.
 
         Raises
         ------
@@ -282,6 +284,8 @@ cdef class Keys:
         cdef dict same = {}
         cdef uint32_t n
         cdef int status
+        if lane.ep == NULL:
+            return
         for n, packed in enumerate(self.packed):
             if rkeys[n] != NULL:
                 continue
