@@ -197,9 +197,13 @@ cdef class Group:
         self.rouse()
 
     def give_up(self) -> None:
-        """No endpoint can be made any more, though the peer is there."""
+        """No endpoint can be made, though the peer is there: what is in flight ends, and what comes."""
         axf_claim(&self.g.closed, OK, FAILED)
         self.rouse()
+
+    def take_up(self) -> None:
+        """An endpoint could be made after all."""
+        axf_claim(&self.g.closed, FAILED, OK)
 
     def rouse(self) -> None:
         """Have what is in flight looked at."""

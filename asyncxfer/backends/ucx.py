@@ -254,10 +254,9 @@ class _Endpoint(Endpoint):
                 await self._raise(index)
             except BackendError:
                 if loop.time() > until:
-                    self.group.give_up()
-                    await self._take_down(index)
-                    return
+                    self.group.give_up()  # nothing waits any longer, until it works again
             else:
+                self.group.take_up()
                 return
 
     # -- regions
