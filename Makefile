@@ -30,9 +30,9 @@ demo: $(STAMPS)/native  ## move a paged KV cache from a prefill process to a dec
 test: $(STAMPS)/test $(STAMPS)/native  ## the whole suite, with coverage of the Python
 	$(PY) -m pytest --cov --cov-report=term $(ARGS)
 
-test-ucx: $(STAMPS)/test $(STAMPS)/native  ## the tests over UCX with another version of it: make test-ucx LIBUCX=1.22.0
+test-ucx: $(STAMPS)/test $(STAMPS)/native  ## every combination over UCX, with another version of it: make test-ucx LIBUCX=1.22.0
 	$(PIP) --upgrade --no-deps --target $(VENV)/libucx-$(LIBUCX) libucx-cu12==$(LIBUCX)
-	UCX_OTHER_BUILD=$(abspath $(VENV))/libucx-$(LIBUCX)/libucx ASYNCXFER_UCX_LIBRARY=$(abspath $(VENV))/libucx-$(LIBUCX)/libucx \
+	UCX_MATRIX=1 UCX_OTHER_BUILD=$(abspath $(VENV))/libucx-$(LIBUCX)/libucx ASYNCXFER_UCX_LIBRARY=$(abspath $(VENV))/libucx-$(LIBUCX)/libucx \
 	    $(PY) -m pytest tests/test_contract.py tests/test_ucx*.py tests/test_ucp.py tests/security/test_ucx.py \
 	    -k "ucx or Ucx or ucp" $(ARGS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import os
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -78,40 +79,88 @@ class TestTcpEncrypted(TestTcp):
     options: ClassVar[dict[str, Any]] = {**TestTcp.options, "credentials": PreSharedKey(SECRET)}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed: asyncxfer[ucx-cu12]")
-class TestUcxCma(BetweenProcesses):
-    """UCX, puts and gets by cross-memory attach."""
+needs_ucx = pytest.mark.skipif(
+    importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed: pip install 'asyncxfer[ucx-cu12]'"
+)
+in_matrix = pytest.mark.skipif("UCX_MATRIX" not in os.environ, reason="one of the combinations of `make test-ucx`")
+
+
+class OverUcx(BetweenProcesses):
+    """UCX, between agents of one host, who share a page of gates."""
 
     route = "ucx"
-    config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,cma,posix"}
-    process_options: ClassVar[dict[str, Any]] = {"config": config}
-    options: ClassVar[dict[str, Any]] = {"config": config}
+    ucx: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.process_options = {"config": cls.ucx}
+        cls.options = {"config": cls.ucx}
 
 
-class TestUcxTcp(TestUcxCma):
-    """UCX over its own tcp, which emulates puts and gets."""
+@needs_ucx
+class TestUcxCma(OverUcx):
+    """Data by cross-memory attach, driven by the loop."""
 
-    config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp"}
-    process_options: ClassVar[dict[str, Any]] = {"config": config}
-    options: ClassVar[dict[str, Any]] = {"config": config}
-
-
-class TestUcxSysvThreads(TestUcxCma):
-    """UCX with two workers, each driven by a thread."""
-
-    config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,sysv", "ucx_progress": "thread", "ucx_workers": 2}
-    process_options: ClassVar[dict[str, Any]] = {"config": config}
-    options: ClassVar[dict[str, Any]] = {"config": config}
+    ucx: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,cma,posix"}
 
 
-class TestUcxBetweenHosts(TestUcxCma):
-    """UCX, with agents that know each other over TCP, so that no gate is shared."""
+@needs_ucx
+@in_matrix
+class TestUcxCmaThreads(OverUcx):
+    """The same with two workers, each driven by a thread."""
+
+    ucx: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,cma,posix", "ucx_progress": "thread", "ucx_workers": 2}
+
+
+@needs_ucx
+@in_matrix
+class TestUcxTcp(OverUcx):
+    """UCX's tcp, where rows go packed."""
+
+    ucx: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp"}
+
+
+@needs_ucx
+@in_matrix
+class TestUcxSysv(OverUcx):
+    """With sysv, which carries nothing in the error mode that notices the end of a peer, and two workers."""
+
+    ucx: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,sysv", "ucx_workers": 2}
+
+
+@needs_ucx
+@in_matrix
+class TestUcxSysvThread(OverUcx):
+    """The same, driven by a thread."""
+
+    ucx: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,sysv", "ucx_progress": "thread"}
+
+
+class BetweenHosts(OverUcx):
+    """UCX, with agents that know each other over TCP, so that they share no gates."""
 
     skips: ClassVar[dict[str, str]] = {"count": "nobody at the target sees what is put by RDMA"}
 
-    config: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,cma", "unix_socket": False, "ucx_workers": 2}
-    process_options: ClassVar[dict[str, Any]] = {"listen": "tcp://127.0.0.1:0", "config": config}
-    options: ClassVar[dict[str, Any]] = {"config": config}
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        config = {**cls.ucx, "unix_socket": False}
+        cls.process_options = {"listen": "tcp://127.0.0.1:0", "config": config}
+        cls.options = {"config": config}
+
+
+@needs_ucx
+@in_matrix
+class TestUcxBetweenHosts(BetweenHosts):
+    """Data by cross-memory attach, which stands in for RDMA: nobody at the target sees it."""
+
+    ucx: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp,cma", "ucx_workers": 2}
+
+
+@needs_ucx
+class TestUcxBetweenHostsThreads(BetweenHosts):
+    """Rows that go packed, and two workers, each driven by a thread."""
+
+    ucx: ClassVar[dict[str, Any]] = {"ucx_transports": "tcp", "ucx_progress": "thread", "ucx_workers": 2}
 
 
 class TestThirdParty(BackendContract):
