@@ -87,7 +87,7 @@ before = dict(os.environ)
 config = Config(ucx_transports="tcp,cma,posix", ucx_library=sys.argv[1] or None)
 library = ucx.load(config)
 caught = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("SigCgt"))
-info = ucx.take_context(config).info
+info = ucx.take(config).context.info
 tell(
     path=library.path, version=library.version, origin=library.origin, ucxx=library.ucxx_version, loaded=loaded(),
     same=ucx.load(config) == library == ucx.load(Config()), untouched=dict(os.environ) == before,
@@ -256,12 +256,12 @@ def test_a_child_of_a_process_that_uses_ucx_is_told_so() -> None:
     ucx.examine(config)
     if not (pid := os.fork()):
         try:
-            ucx.take_context(config)
+            ucx.take(config)
         except BackendError as error:
             tell(error=str(error))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    ucx.take_context(config)  # the parent goes on
+    ucx.take(config)  # the parent goes on
     """
     told, _ = run(code)
     assert told["error"].startswith("UCX was started before this process was forked")
@@ -270,6 +270,7 @@ def test_a_child_of_a_process_that_uses_ucx_is_told_so() -> None:
 # ---- what a context is made with ----------------------------------------------------------------------------------
 
 ALWAYS = {"RNDV_THRESH": "inf", "KEEPALIVE_INTERVAL": "1s"}
+TCP = {"ZCOPY_THRESH": "8k"}
 
 
 @pytest.mark.parametrize(
@@ -278,13 +279,13 @@ ALWAYS = {"RNDV_THRESH": "inf", "KEEPALIVE_INTERVAL": "1s"}
         ({}, {"TLS": "^tcp"}),
         ({"ucx_devices": "mlx5_0:1"}, {"TLS": "^tcp", "NET_DEVICES": "mlx5_0:1"}),
         ({"ucx_transports": "rc,cuda"}, {"TLS": "rc,cuda"}),
-        ({"ucx_transports": "tcp,cma,posix"}, {"TLS": "tcp,cma,posix", "NET_DEVICES": "lo"}),
-        ({"ucx_transports": "cma, tcp:aux"}, {"TLS": "cma, tcp:aux", "NET_DEVICES": "lo"}),
+        ({"ucx_transports": "tcp,cma,posix"}, {"TLS": "tcp,cma,posix", "NET_DEVICES": "lo", **TCP}),
+        ({"ucx_transports": "cma, tcp:aux"}, {"TLS": "cma, tcp:aux", "NET_DEVICES": "lo", **TCP}),
         ({"ucx_transports": "^tcp,cma"}, {"TLS": "^tcp,cma"}),
-        ({"ucx_transports": "tcp", "ucx_devices": "lo"}, {"TLS": "tcp", "NET_DEVICES": "lo"}),
+        ({"ucx_transports": "tcp", "ucx_devices": "lo"}, {"TLS": "tcp", "NET_DEVICES": "lo", **TCP}),
         (
             {"ucx_transports": "tcp", "ucx_devices": "eth0", "open_listener": True},
-            {"TLS": "tcp", "NET_DEVICES": "eth0"},
+            {"TLS": "tcp", "NET_DEVICES": "eth0", **TCP},
         ),
         ({"ucx_keepalive": 0.25}, {"TLS": "^tcp", "KEEPALIVE_INTERVAL": "0.25s"}),
     ],
