@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Liveness", "Who"]
 
-_BEATS = 4  # in the time after which a peer is suspect, so that one late answer is forgiven
+_BEATS = 3  # in the time after which a peer is suspect, so that one late answer is forgiven
 _BEAT = encode_frame(Beat())
 
 
