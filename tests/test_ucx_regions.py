@@ -145,7 +145,7 @@ async def test_a_region_of_several_segments(far: Far, transports: str, workers: 
 # ---- endpoints ----------------------------------------------------------------------------------------------------
 
 
-# With threads a transfer has been seen to wait out its timeout here, once in some hundred runs under load: an open defect.
+# With threads a transfer was seen to wait out its timeout here, once in some hundred runs under load: an open defect.
 IN_MATRIX = pytest.mark.skipif("UCX_MATRIX" not in os.environ, reason="one of the combinations of `make test-ucx`")
 
 
