@@ -217,7 +217,7 @@ async def test_a_small_read_from_the_page_cache_ends_in_the_call(cached: tuple[P
     memory = np.zeros(16_384, np.uint8)
     async with Agent("a") as agent, agent.open(path) as file, agent.register(memory) as region:
         transfer = agent.get(region[:], file[16_384:32_768])
-        assert transfer.done()
+        assert transfer.inlined
         await transfer
         assert memory.tobytes() == data[16_384:32_768]
 
@@ -228,7 +228,7 @@ async def test_what_is_not_in_the_page_cache_is_not_waited_for(cached: tuple[Pat
     async with Agent("a") as agent, agent.open(path) as file, agent.register(memory) as region:
         forget(path)
         transfer = agent.get(region[:], file[500_000:516_384])
-        assert not transfer.done()
+        assert not transfer.inlined
         await transfer
         assert memory.tobytes() == data[500_000:516_384]
 

@@ -23,7 +23,7 @@ from asyncxfer._fast.native cimport *
 from asyncxfer._fast.pthread cimport *
 from asyncxfer._fast.uring cimport ring_on_stop, ring_push, ring_start
 
-from asyncxfer._fast import uring
+from asyncxfer._fast import engine, uring
 
 cdef enum:
     MAX_THREADS = 64
@@ -245,6 +245,7 @@ cdef void* worker(void* arg) noexcept nogil:
 def acquire(int readers, int blockers) -> None:
     """Take part, with at least so many threads that read, and that do all there is to do. They start with the work."""
     global users
+    engine.guard()
     users += 1
     want(READERS, readers)
     want(WRITERS, 4)            # files that are written to at a time
