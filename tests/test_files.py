@@ -307,17 +307,16 @@ async def _await(opening: Any) -> Region:
 
 
 @either
-async def test_a_descriptor_that_others_closed_is_an_error(tmp_path: Path, backends: list[Any]) -> None:
+@pytest.mark.parametrize("op", ["put", "get"])
+async def test_a_descriptor_that_others_closed_is_an_error(tmp_path: Path, backends: list[Any], op: str) -> None:
     async with Agent("a", backends=backends) as agent, agent.register(bytearray(MIB)) as memory:
         region = await agent.open(tmp_path / "data", "w", size=MIB)
-        await agent.put(memory[:], region[:])  # what the backend opens for itself is open
+        move = agent.put if op == "put" else agent.get
+        await move(memory[:], region[:])  # so that the backend has opened what it needs for itself
         os.close(file_of(region).fd)
-        for op in (agent.put, agent.get):
-            with pytest.raises(TransferError, match="Bad file descriptor") as caught:
-                await op(memory[:], region[:])
-            assert str(tmp_path / "data") in str(caught.value)
-        with pytest.raises(TransferError, match="could not be synced: Bad file descriptor"):
-            await region.sync()
+        with pytest.raises(TransferError, match="Bad file descriptor") as caught:
+            await move(memory[:], region[:])
+        assert str(tmp_path / "data") in str(caught.value)
         with pytest.raises(RegistrationError, match="not in order: Bad file descriptor"):
             await region.aclose()
         assert agent.stats()["regions"] == 1
