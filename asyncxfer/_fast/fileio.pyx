@@ -8,7 +8,7 @@ everything by calls that block. A thread takes one request at a time and sends t
 Through the page cache one thread at a time writes to a file: the file system would make the others wait in turns.
 """
 
-from libc.errno cimport EAGAIN, EFAULT, EIO, EOPNOTSUPP
+from libc.errno cimport EAGAIN, EINVAL, EIO, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 from libc.string cimport memset
@@ -154,13 +154,14 @@ cdef bint perform(flight_t* f, uint32_t index) noexcept nogil:
                 break
             n = axf_iov_rest(&w.iov[r.iov], r.n, got, rest)
             iov = rest
-            if r.direct:
-                fd = file.fd                # the rest may begin anywhere
+            fd = file.fd                    # what follows a part of a request may begin anywhere
         elif refuse and (rc == -EAGAIN or rc == -EOPNOTSUPP):
             if rc == -EOPNOTSUPP:
                 axf_store(&file.can_refuse, 0)
             leave(f, index, got)
             return False
+        elif rc == -EINVAL and fd != file.fd:
+            fd = file.fd                    # the file system wants another alignment than it says
         else:
             flight_trouble(f, index, got, EIO if rc == 0 and w.write else <int>-rc)
             break

@@ -18,7 +18,7 @@ The ring belongs to the process and to its thread alone; others leave work on a 
 import errno as _errno
 import os
 
-from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, ENOMEM, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EINVAL, EIO, ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -86,6 +86,7 @@ cdef struct slot_t:
     char* stage                 # where its bytes go first; NULL: to their place
     iovec* rest                 # what follows what has come; NULL: all of the request
     int patient                 # how often the kernel has said "not now": it is not to try it at once again
+    int plain                   # through the page cache, whatever it was to be
     int cancelled
 
 
@@ -306,8 +307,7 @@ cdef bint ask(slot_t* slot) noexcept nogil:
     if slot.rest != NULL:
         n = axf_iov_rest(iov, n, slot.got, slot.rest)
         iov = slot.rest
-    # What follows a part of a request may begin anywhere.
-    sqe.fd = w.file.direct if r.direct and slot.got == 0 else w.file.fd
+    sqe.fd = w.file.direct if r.direct and not slot.plain else w.file.fd
     sqe.off = r.offset + slot.got
     if n == 1:
         sqe.opcode = AXF_OP_WRITE if w.write else AXF_OP_READ
@@ -330,7 +330,7 @@ cdef void begin(flight_t* f, uint32_t request, uint32_t got) noexcept nogil:
     cdef slot_t* slot = state.idle
     state.idle = slot.next
     slot.flight, slot.request, slot.got = f, request, got
-    slot.patient = slot.cancelled = 0
+    slot.patient = slot.cancelled = slot.plain = 0
     state.asked += 1
     if request != SYNC:
         state.asked_bytes += f.work.requests[request].nbytes
@@ -385,12 +385,19 @@ cdef void answered(slot_t* slot, int32_t res) noexcept nogil:
         finish(slot)
         return
     r = &f.work.requests[slot.request]
+    if res == -EINVAL and r.direct and not slot.plain and flight_status(f) == OK:
+        slot.plain = 1                  # the file system wants another alignment than it says
+        if slot.stage != NULL:
+            leave_stage(slot, 0)
+        again(slot)
+        return
     if res <= 0:
         flight_trouble(f, slot.request, slot.got, EIO if res == 0 and f.work.write else -res)
     elif slot.stage != NULL and leave_stage(slot, min(<uint32_t>res, r.nbytes)):
         flight_trouble(f, slot.request, 0, EFAULT)
     else:
         slot.got += <uint32_t>res
+        slot.plain = 1                  # what follows a part of a request may begin anywhere
         if slot.got >= r.nbytes:
             flight_moved(f, slot.request, r.nbytes)
         elif flight_status(f) == OK:
