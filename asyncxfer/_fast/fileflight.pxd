@@ -21,11 +21,8 @@ cdef struct flight_t:
     int rank
     int ringed                  # a ring has what threads cannot do at once
     int left                    # atomic: requests that have not ended
-    int syncing                 # all of them have, and what was written is on its way to the device
-    uint32_t at, end            # of the requests: which of them threads do, and are next
-    uint32_t ring_at            # likewise the ring
-    uint32_t asked              # calls of the ring that are under way for it
-    int inside                  # it is in the ring's queue
+    uint32_t at, end            # of the requests: the next that threads do, and where theirs end
+    uint32_t ring_at            # the next that the ring does
     call_t self_                # the whole
     call_t* calls               # one a request through the page cache, where there is a ring
 
