@@ -64,7 +64,7 @@ class Liveness:
         held_up = now - self._due > self._interval  # this loop: what has come in the meantime has not been read
         for _, channel in self._channels():
             channel.feel()
-            if now - channel.heard > self._interval / 2:  # otherwise the peer has shown itself, asked, or said something
+            if now - channel.heard > self._interval / 2:  # otherwise it has shown itself, or said something
                 channel.beat(_BEAT)
         if not held_up:
             self.look()

@@ -66,9 +66,9 @@ _AT_LOAD = {
     "UCX_MEMTYPE_CACHE": "n",
 }
 
-# UCX's tcp sends messages of 8 KiB and more from where they lie (its own choice is to copy them into pieces of 8 KiB, with
-# a system call for each: a third of the speed), and a whole one of ours comes in one piece, which need not be put together
-# first. See docs/performance.md.
+# UCX's tcp sends messages of 8 KiB and more from where they lie (its own choice is to copy them into pieces of 8 KiB,
+# with a system call for each: a third of the speed), and a whole one of ours comes in one piece, which need not be put
+# together first. See docs/performance.md.
 _FOR_TCP = {"ZCOPY_THRESH": "8k", "TCP_RX_SEG_SIZE": "160k"}
 
 _lock = threading.Lock()
