@@ -41,6 +41,7 @@ cdef enum:
     TURN_NS = 200_000           # of a loop; 1 ms is the promise
     THREAD_TURN_NS = 500_000
     LINGER_NS = 100_000         # before it sleeps, for what may come next
+    LOOK_NS = 20_000            # a turn, if nothing comes
     LATE_NS = 500_000           # who does not sleep, and is that late, has lost its core
     CROWDED_NS = 100_000_000    # and sleeps at once for so long
     WATCH_NS = 1_000_000_000    # UCX may forget to tell; nobody waits longer than this for it to be noticed
@@ -129,6 +130,7 @@ cdef int turn(port_t* p, int64_t budget, bint arm) noexcept nogil:
     """1: there is more to do at once. 0: nothing until the descriptor says so, if it was to be armed. Holds the lock."""
     cdef int64_t now = axf_now()
     cdef int64_t until = now + budget
+    cdef int64_t look_until = 0 if arm else now + LOOK_NS
     cdef int more, status
     p.turns += 1
     while True:
@@ -142,7 +144,11 @@ cdef int turn(port_t* p, int64_t budget, bint arm) noexcept nogil:
         now = axf_now()
         if more and (now >= until or axf_load(&p.lock.wanted)):
             break
-        if not more:
+        if more:
+            look_until = 0
+        elif now < look_until and not axf_load(&p.lock.wanted):
+            continue
+        else:
             status = ucp.worker_arm(p.worker) if arm else AXF_UCS_OK
             if status != AXF_UCS_BUSY:
                 break
