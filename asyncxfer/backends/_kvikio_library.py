@@ -42,10 +42,9 @@ def examine() -> str:
     BackendError
         It cannot work here; the message says what is missing and how to get it.
     """
-    if importlib.util.find_spec("kvikio") is None:
-        raise BackendError(f"KvikIO is not installed: {_INSTALL}")
+    package = _package()
     _driver()
-    return f"KvikIO {_import().__version__}, {_mode()}"
+    return f"{package}, {_mode()}"
 
 
 def findings() -> Iterator[tuple[str, bool, str]]:
@@ -57,14 +56,17 @@ def findings() -> Iterator[tuple[str, bool, str]]:
     ok : bool
     detail : str
     """
-    try:
-        yield "CUDA driver", True, f"{_DRIVER}, for CUDA {_driver()}"
-        yield "KvikIO", True, f"{_import().__version__}, libcufile {_cufile_version()}"
-    except BackendError as error:
-        yield "CUDA driver", False, str(error)
-    else:
-        names = ("num_threads", "task_size", "gds_threshold", "bounce_buffer_size")
-        yield "settings", True, ", ".join(f"{name} {_defaults(name):,}" for name in names)
+    works = True
+    for name, look in (("package", _package), ("CUDA driver", _driver)):
+        try:
+            yield name, True, look()
+        except BackendError as error:
+            works = False
+            yield name, False, str(error)
+    if works:
+        yield "libcufile", True, _cufile_version()
+        settings = ("num_threads", "task_size", "gds_threshold", "bounce_buffer_size")
+        yield "settings", True, ", ".join(f"{setting} {_defaults(setting):,}" for setting in settings)
         yield "GPUDirect", not _in_compatibility_mode(), _mode()
     yield _kernel_module()
     found = _SETTINGS.is_file()
@@ -72,25 +74,26 @@ def findings() -> Iterator[tuple[str, bool, str]]:
     yield "cufile.json", found, str(_SETTINGS) if found else otherwise
 
 
+def _package() -> str:
+    """KvikIO and its version, imported."""
+    if importlib.util.find_spec("kvikio") is None:
+        raise BackendError(f"KvikIO is not installed: {_INSTALL}")
+    try:
+        return f"KvikIO {importlib.import_module('kvikio').__version__}"
+    except (ImportError, OSError) as error:
+        raise BackendError(f"KvikIO does not load: {error}; {_INSTALL}") from error
+
+
 def _driver() -> str:
-    """The CUDA version that the driver is for."""
+    """The driver, and the CUDA that it is for."""
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError as error:
-        raise BackendError(
-            f"KvikIO needs NVIDIA's driver, also for host memory, and it does not load here: {error}"
-        ) from error
+        raise BackendError(f"KvikIO needs NVIDIA's driver, for host memory as well, and there is none: {error}") from error
     version = ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
         raise BackendError(f"NVIDIA's driver ({_DRIVER}) does not answer; `nvidia-smi` may say why")
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"
-
-
-def _import() -> Any:
-    try:
-        return importlib.import_module("kvikio")
-    except (ImportError, OSError) as error:
-        raise BackendError(f"KvikIO does not load: {error}; {_INSTALL}") from error
+    return f"{_DRIVER}, for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _defaults(name: str) -> int:
@@ -100,7 +103,7 @@ def _defaults(name: str) -> int:
 
 def _cufile_version() -> str:
     major, minor = importlib.import_module("kvikio.cufile_driver").libcufile_version()
-    return f"{major}.{minor}" if major else "is missing, or older than 1.8"
+    return f"{major}.{minor}" if major else "not there, or older than 1.8"
 
 
 def _in_compatibility_mode() -> bool:
