@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pytest
 
 from asyncxfer import Agent, DescriptorList, Region, Transfer, TransferError, TransferTimeout
+from asyncxfer.testing import FileContract
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Kind: TypeAlias = Literal["dram", "vram"]
@@ -119,6 +120,21 @@ def content(path: Path) -> Bytes:
 def descriptors_of(path: Path) -> list[int]:
     """Those that this process has of a file."""
     return [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path)]
+
+
+class TestContract(FileContract):
+    """Host memory and files, by KvikIO."""
+
+    route = "kvikio"
+
+
+class TestContractOfDurableFiles(FileContract):
+    """Files that were opened past the page cache, whose puts end when they are on the device."""
+
+    route = "kvikio"
+    shared = True
+    direct = True
+    durability = "full"
 
 
 # ---- moving --------------------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ def examine() -> str:
     BackendError
         It cannot work here; the message says what is missing and how to get it.
     """
-    package = _package()
+    _look_for_package()
     _driver()
-    return f"{package}, {_mode()}"
+    return f"{_package()}, {_mode()}"
 
 
 def findings() -> Iterator[tuple[str, bool, str]]:
@@ -74,10 +74,14 @@ def findings() -> Iterator[tuple[str, bool, str]]:
     yield "cufile.json", found, str(_SETTINGS) if found else otherwise
 
 
-def _package() -> str:
-    """KvikIO and its version, imported."""
+def _look_for_package() -> None:
     if importlib.util.find_spec("kvikio") is None:
         raise BackendError(f"KvikIO is not installed: {_INSTALL}")
+
+
+def _package() -> str:
+    """KvikIO and its version, imported."""
+    _look_for_package()
     try:
         return f"KvikIO {importlib.import_module('kvikio').__version__}"
     except (ImportError, OSError) as error:
