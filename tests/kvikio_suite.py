@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from asyncxfer import Agent, DescriptorList, Region, Transfer, TransferError, TransferTimeout
+from asyncxfer import Agent, DescriptorList, Done, Region, Transfer, TransferError, TransferTimeout
 from asyncxfer.testing import FileContract
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -128,6 +128,7 @@ class TestContract(FileContract):
     route = "kvikio"
 
 
+@pytest.mark.skipif("KVIKIO_MATRIX" not in os.environ, reason="one of the combinations of `make test-kvikio`")
 class TestContractOfDurableFiles(FileContract):
     """Files that were opened past the page cache, whose puts end when they are on the device."""
 
@@ -397,4 +398,4 @@ async def test_a_file_that_closes_under_transfers_waits_for_them(tmp_path: Path)
         stage.array[:] = 0
         await stage.barrier()
         assert np.array_equal(content(stage.path), written)
-        assert all(isinstance(outcome, TransferError) or outcome.nbytes == 32 * MIB for outcome in outcomes)
+        assert all(isinstance(outcome, Done | TransferError) for outcome in outcomes)

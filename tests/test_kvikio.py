@@ -1,6 +1,6 @@
 """The backend `kvikio` as processes meet it: over a stub of the CUDA driver, without a driver, without the package.
 
-What runs over the stub stands in `kvikio_suite.py`; with a GPU, `gpu/test_kvikio.py` does the same for real.
+What runs over the stub stands in `kvikio_suite.py`; with a GPU, `gpu/test_gpu_kvikio.py` does the same for real.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 HERE = Path(__file__).parent
 
 needs_kvikio = pytest.mark.skipif(
-    importlib.util.find_spec("kvikio") is None, reason="KvikIO is not installed: `make test` installs what it needs"
+    importlib.util.find_spec("kvikio") is None, reason="KvikIO is not installed (`make test` installs it)"
 )
 
 
@@ -46,7 +46,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         cwd=HERE.parent,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=290,
         check=False,
     )
 
@@ -59,6 +59,7 @@ def script(code: str, *arguments: str) -> str:
 
 
 @needs_kvikio
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("part", ["not TestContract", "TestContract"])
 def test_over_the_stub(stub: str, part: str) -> None:
     suite = str(HERE / "kvikio_suite.py")

@@ -93,7 +93,7 @@ def _driver() -> str:
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError as error:
-        raise BackendError(f"KvikIO needs NVIDIA's driver, for host memory as well, and there is none: {error}") from error
+        raise BackendError(f"KvikIO needs NVIDIA's driver, also for host memory, and there is none: {error}") from error
     version = ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
         raise BackendError(f"NVIDIA's driver ({_DRIVER}) does not answer; `nvidia-smi` may say why")
