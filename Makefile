@@ -98,7 +98,7 @@ $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/core
 	$(PIP) "asyncxfer[$*]"
 	@touch $@
 
-# KvikIO asks for CuPy and 2.5 GB of CUDA; without a GPU these 20 MB of it are enough.
+# KvikIO asks for CuPy and CUDA, 2.8 GB; without a GPU these 16 MB are enough.
 $(STAMPS)/kvikio: $(STAMPS)/test
 	$(PIP) --no-deps "kvikio-cu12==$(KVIKIO)" "libkvikio-cu12==$(KVIKIO)" nvidia-cufile-cu12 rapids-logger cuda-pathfinder
 	@touch $@

@@ -130,7 +130,7 @@ def test_what_doctor_says_of_it(stub: str) -> None:
     assert states["CUDA driver"] == (True, "libcuda.so.1, for CUDA 12.4")
     assert states["GPUDirect"][0] is False
     assert "num_threads 4" in states["settings"][1]
-    assert set(states) >= {"package", "libcufile", "nvidia-fs", "cufile.json"}
+    assert set(states) >= {"package", "libcufile", "nvidia-fs", "udev", "cufile.json"}
 
 
 @needs_kvikio

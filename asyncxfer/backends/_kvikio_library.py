@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _INSTALL = "pip install 'asyncxfer[kvikio-cu12]' (or kvikio-cu13 with CUDA 13)"
 _DRIVER = "libcuda.so.1"
 _DRIVER_FILES = Path("/proc/driver/nvidia-fs")
 _SETTINGS = Path("/etc/cufile.json")
+_UDEV = Path("/run/udev")
 
 
 def cufile() -> Any:
@@ -69,6 +71,7 @@ def findings() -> Iterator[tuple[str, bool, str]]:
         yield "settings", True, ", ".join(f"{setting} {_defaults(setting):,}" for setting in settings)
         yield "GPUDirect", not _in_compatibility_mode(), _mode()
     yield _kernel_module()
+    yield _udev()
     found = _SETTINGS.is_file()
     otherwise = "not there: libcufile uses its defaults, or the file that CUFILE_ENV_PATH_JSON names"
     yield "cufile.json", found, str(_SETTINGS) if found else otherwise
@@ -128,3 +131,14 @@ def _kernel_module() -> tuple[str, bool, str]:
         without = "GPUDirect Storage works without it only with NVMe and PCI P2PDMA (docs/gds.md)"
         return "nvidia-fs", False, f"the kernel module is not loaded ({_DRIVER_FILES} is not there); {without}"
     return "nvidia-fs", True, " ".join(version.read_text().split())
+
+
+def _udev() -> tuple[str, bool, str]:
+    """Whether KvikIO can see what it looks for before it uses libcufile."""
+    if os.access(_UDEV, os.R_OK):
+        return "udev", True, f"{_UDEV} can be read"
+    return (
+        "udev",
+        False,
+        f"{_UDEV} cannot be read: KvikIO stays in compatibility mode; a container needs it as a volume",
+    )
