@@ -207,6 +207,16 @@ async def test_many_transfers_at_once(tmp_path: Path) -> None:
         assert np.array_equal(content(stage.path), file.ravel())
 
 
+async def test_arrays_that_are_empty_or_read_only(tmp_path: Path) -> None:
+    data = bytes(range(200))
+    async with (
+        set_up(tmp_path, 1000) as stage,
+        stage.agent.register([np.zeros(0, np.uint8), np.frombuffer(data, np.uint8)]) as memory,
+    ):
+        await stage.transfer("put", memory[1], stage.file.bytes[100:300])
+        assert content(stage.path)[100:300].tobytes() == data
+
+
 async def test_two_agents_and_one_file(tmp_path: Path) -> None:
     array = np.zeros(MIB, np.uint8)
     async with (

@@ -15,7 +15,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from asyncxfer._fast.descriptors import PAIR
+from asyncxfer.abc import Request
+from asyncxfer.backends.kvikio import _Work
 
 HERE = Path(__file__).parent
 
@@ -66,6 +71,28 @@ def test_over_the_stub(stub: str, part: str) -> None:
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", suite, "-k", part, LIBCUDA_STUB=stub)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("piece_bytes", [4096, 3 * 4096])
+def test_rows_are_cut_where_a_page_of_the_file_begins(piece_bytes: int) -> None:
+    pairs = np.zeros(100, PAIR)
+    random = np.random.default_rng(piece_bytes)
+    pairs["local"], pairs["remote"] = random.integers(0, 1 << 30, (2, 100))
+    pairs["length"] = random.integers(0, 50_000, 100)
+    pairs["local_stride"], pairs["remote_stride"] = random.integers(-(1 << 20), 1 << 20, (2, 100))
+    pairs["count"] = random.integers(1, 4, 100)
+    request = Request("get", "", None, None, pairs, 0, 0)  # type: ignore[arg-type]
+    pieces = iter(_Work(request, None, None, False, piece_bytes).pieces())  # type: ignore[arg-type]
+    for local, remote, length, local_stride, remote_stride, count, *_ in pairs.tolist():
+        for row in range(count):
+            at, offset, left = local + row * local_stride, remote + row * remote_stride, length
+            while left:
+                piece = next(pieces)
+                assert (piece.at, piece.offset) == (at, offset)
+                assert 0 < piece.nbytes <= min(piece_bytes, left)
+                at, offset, left = at + piece.nbytes, offset + piece.nbytes, left - piece.nbytes
+                assert left == 0 or offset % 4096 == 0
+    assert next(pieces, None) is None
 
 
 def test_without_the_package() -> None:

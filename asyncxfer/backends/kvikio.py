@@ -432,8 +432,7 @@ class KvikioBackend(Backend):
 def _views(memory: Memory) -> tuple[memoryview, ...]:
     """Host memory as buffers of bytes, one a segment; whoever has the registration has its owner, too."""
     return tuple(
-        memoryview((ctypes.c_char * segment.nbytes).from_address(segment.address)).cast("B")
-        for segment in memory.segments
+        memoryview((ctypes.c_char * segment.nbytes).from_address(segment.address)) for segment in memory.segments
     )
 
 
