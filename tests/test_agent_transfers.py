@@ -343,7 +343,7 @@ async def test_figures(pair: Pair) -> None:
         "get": (1, 4096, 0),
     }
     assert (stats["in_flight"], stats["regions"], stats["peers"]) == (0, 1, 1)
-    assert stats["backends"] == ["local", "shm", "tcp"]
+    assert stats["backends"] == ["local", "shm", "tcp", "uring"]
     assert stats["threads"] >= 0
     assert stats["network_threads"] >= 0
 
