@@ -23,6 +23,8 @@ _SHIPPED = {
     "shm": "asyncxfer.backends.shm:ShmBackend",
     "tcp": "asyncxfer.backends.tcp:TcpBackend",
     "ucx": "asyncxfer.backends.ucx:UcxBackend",
+    "uring": "asyncxfer.backends.uring:UringBackend",
+    "kvikio": "asyncxfer.backends.kvikio:KvikioBackend",
 }
 
 BackendSpec: TypeAlias = str | type[Backend] | Backend
