@@ -2,8 +2,8 @@
 
 A shape is a number of rows of one length. Rows lie two lengths apart on both sides, so that no two
 of them can be merged, and the remote side takes them in an order drawn from the seed; or they are
-contiguous and in order on both sides, so that all of them can; or all of them are the same one row. Nothing here knows a system, a
-process or a clock; both processes of a pair derive the same rows from a case.
+contiguous and in order on both sides, so that all of them can; or all of them are the same one row.
+Nothing here knows a system, a process or a clock; both processes of a pair derive the same rows from a case.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ Rows = NDArray[np.uint64]
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _CONTIGUOUS = "/contiguous"
 _ONE = "/one"
-_SHAPE = re.compile(
-    rf"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)(?P<lie>{_CONTIGUOUS}|{_ONE}|)", re.IGNORECASE
-)
+_SHAPE = re.compile(rf"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)(?P<lie>{_CONTIGUOUS}|{_ONE}|)", re.IGNORECASE)
 
 #: Bytes that a round moves at least, by repeating a small shape, up to this many times and rows.
 _ROUND_BYTES = 32 << 20
