@@ -22,9 +22,10 @@ from . import _address, _chooser, _identity, _loops, _metadata, _plugins
 from ._chooser import Explanation
 from ._config import Config
 from ._credentials import Credentials
-from ._descriptors import DescriptorList
+from ._descriptors import DescriptorList, MemoryKind
 from ._errors import AccessError, ClosedError, ConfigError, DescriptorError, TransferTimeout
 from ._fast import engine, outbox, poller
+from ._files import Durability, FileMode
 from ._grants import Granted
 from ._inbox import Notification
 from ._memory import Access
@@ -316,6 +317,57 @@ class Agent:
             lambda: self._open().regions.allocate(shape, dtype, kind, name, access, grants, huge_pages=huge_pages)
         )
 
+    def open(
+        self,
+        url: str | os.PathLike[str],
+        mode: FileMode = "r",
+        *,
+        name: str | None = None,
+        size: int | None = None,
+        shape: int | Sequence[int] | None = None,
+        dtype: npt.DTypeLike | None = None,
+        direct: bool = False,
+        durability: Durability = "none",
+    ) -> Opening:
+        """Open a file as a region, to put to and get from: ``agent.get(memory[:], file[:])`` reads it.
+
+        Peers do not see it; several agents may open one file.
+
+        Parameters
+        ----------
+        url : str or path
+            A path or a ``file://`` URL, of a file or a block device.
+        mode : {"r", "r+", "w"}
+            Read only; read and write a file that exists; make the file, or resize the one that exists, and read and
+            write it.
+        name : str or None
+            None gives it a number.
+        size : int or None, bytes
+            How much of the file the region is; its length from now on in mode "w". None: what `shape` takes, else all.
+        shape : int, tuple of int, or None
+            By which it is indexed; None: one dimension.
+        dtype : data type or None
+            Of the elements, also ``"bfloat16"`` and what else only torch has; None: bytes.
+        direct : bool
+            Go past the page cache where file offsets, lengths and memory are aligned, and the file system can.
+        durability : {"none", "data", "full"}
+            When a put has ended: once the bytes can be read back; after fdatasync; after fsync.
+
+        Returns
+        -------
+        Opening
+            ``await`` it for a `Region`, or ``async with`` it.
+
+        Raises
+        ------
+        ConfigError
+            By the await: no such mode or durability, or a URL of something else than a file.
+        RegistrationError
+            By the await: the file cannot be opened or is too short, or no backend for files is loaded.
+        """
+        options = {"size": size, "shape": shape, "dtype": dtype, "direct": direct, "durability": durability}
+        return Opening(lambda: self._open().regions.open(url, mode, name, **options))
+
     # ---- peers ---------------------------------------------------------------------------------------------------
 
     def metadata(self) -> bytes:
@@ -555,7 +607,8 @@ class Agent:
             raise AccessError(f"{op} needs access {need!r}; {there!r} grants {there.access!r}")
         written: Region | RemoteRegion = there if op == "put" else here
         if isinstance(written, Region) and written.readonly:
-            raise AccessError(f"{op} would write {written!r}, whose memory is read-only")
+            why = "was opened in mode 'r'" if written.kind is MemoryKind.FILE else "is read-only memory"
+            raise AccessError(f"{op} would write {written!r}, which {why}")
         return here, there
 
     # ---- figures -------------------------------------------------------------------------------------------------
@@ -602,9 +655,9 @@ def _offers(live: _Live, op: Op, here: Region, there: Region | RemoteRegion) -> 
             refusals = there.refusals | there.peer.refusals
             missing = refusals.get(name, "does not know the peer's region")
         else:
-            remote, missing = there.registrations.get(name), "did not register the other region"
+            remote, missing = there.registrations.get(name), _missing(there, name)
         if local is None:
-            offers.append((name, Offer(reason=f"did not register region {here.name!r}")))
+            offers.append((name, Offer(reason=_missing(here, name))))
         elif remote is None:
             offers.append((name, Offer(reason=missing)))
         elif (here.kind, there.kind) not in backend.capabilities.kinds:
@@ -612,6 +665,10 @@ def _offers(live: _Live, op: Op, here: Region, there: Region | RemoteRegion) -> 
         else:
             offers.extend((name, offer) for offer in backend.offers(op, local, remote, endpoint))
     return offers
+
+
+def _missing(region: Region, backend: str) -> str:
+    return f"region {region.name!r}: {region.refusals.get(backend, 'not registered')}"
 
 
 def _after_fork() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from ._descriptors import MemoryKind
 from ._errors import RegistrationError
 
-__all__ = ["Array", "c_strides", "read_array"]
+__all__ = ["Array", "c_strides", "element", "read_array"]
 
 
 class Array(NamedTuple):
@@ -86,6 +86,31 @@ def c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         strides.append(step)
         step *= count
     return tuple(reversed(strides))
+
+
+def element(dtype: object) -> tuple[str, int]:
+    """Return the name of an element type, and its size in bytes.
+
+    Parameters
+    ----------
+    dtype : data type
+        What `numpy.dtype` takes, a torch dtype, or a name that only torch has, such as ``"bfloat16"``.
+
+    Raises
+    ------
+    RegistrationError
+        It is none, or its elements are not plain bytes.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name == "bfloat16":
+        return name, 2
+    if name in _DLPACK_NAMES.values():
+        return name, 1
+    try:
+        plain = np.dtype(name if str(dtype) != name else dtype)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise RegistrationError(f"{dtype!r} is no data type: {error}") from error
+    return _dtype_name(plain), plain.itemsize
 
 
 # ---- numpy and the buffer protocol ---------------------------------------------------------------------------

@@ -42,9 +42,12 @@ class Keeper(Protocol):
     async def revoke(self, region: Region, peer: str) -> None:
         """Take it back from a peer."""
 
+    async def sync(self, region: Region) -> None:
+        """Have what was written to its file reach the device."""
+
 
 class Region(Indexable):
-    """Memory that this agent has registered. Closing it takes it back from all peers.
+    """Memory that this agent has registered, or a file that it has opened. Closing it takes it back from all peers.
 
     Attributes
     ----------
@@ -55,7 +58,7 @@ class Region(Indexable):
     access : "r", "w" or "rw"
         What peers may do where none is named: read it (get), write it (put).
     readonly : bool
-        The memory itself must not be written.
+        The memory or file itself must not be written.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Region(Indexable):
         self.slot = slot
         self.epoch = epoch
         self.registrations: dict[str, Registration] = {}
+        self.refusals: dict[str, str] = {}
         self.exports: dict[str, bytes] = {}
         self.backings: Backings | None = None
         self.allocation: Allocation | None = None
@@ -105,7 +109,8 @@ class Region(Indexable):
         """
         if self._array is None:
             self.check_open()
-            raise RegistrationError(f"region {self.name!r} was made by register(); only allocate() makes an array")
+            made = "open" if self.kind is MemoryKind.FILE else "register"
+            raise RegistrationError(f"region {self.name!r} was made by {made}(); only allocate() makes an array")
         return self._array
 
     def of(self, objects: object) -> DescriptorList:
@@ -157,9 +162,25 @@ class Region(Indexable):
         Raises
         ------
         RegistrationError
-            A peer was stopped inside a write to it; the memory is kept alive until that peer goes on or ends.
+            A peer was stopped inside a write to it; the memory is kept alive until that peer goes on or ends. Or it is
+            a file, and its file system could not write what it had kept back.
         """
         await self._keeper.close(self)
+
+    async def sync(self) -> None:
+        """Have what the transfers that have ended wrote to the file reach its device, as fsync does.
+
+        Raises
+        ------
+        ClosedError
+            The region was closed.
+        RegistrationError
+            It is not a file.
+        TransferError
+            The device did not take it: a part of it may be lost.
+        """
+        self.check_open()
+        await self._keeper.sync(self)
 
     def grant(self, peer: str | Peer, access: Access = "rw") -> None:
         """Let a peer do so much with it from now on, neither more nor less; the peer is told.
@@ -218,7 +239,7 @@ class Region(Indexable):
 
 
 class Opening(Awaitable[Region]):
-    """A region that is being made: ``await`` it, or ``async with`` it to have it closed at the end."""
+    """A region that is being made or opened: ``await`` it, or ``async with`` it to have it closed at the end."""
 
     def __init__(self, make: Callable[[], Awaitable[Region]]) -> None:
         self._make = make

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 import operator
+import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ import numpy.typing as npt
 
 from ._config import Config
 from ._control import Acceptor, Incoming
-from ._errors import RegistrationError
+from ._descriptors import MemoryKind
+from ._errors import RegistrationError, TransferError
 from ._fast.link import SLOTS
+from ._files import File, FileMode, open_file
 from ._grants import Granted, Grants
 from ._memory import Access, Memory, describe
 from ._region import Region
@@ -97,35 +101,61 @@ class Regions:
         else:
             backings = await self._in_thread(_backings, memory, "w" in access and not memory.readonly)
             self._flights.check_open()
-        registrations: dict[str, Registration] = {}
         try:
-            self._check_room(name)
-            await self._show(memory, registrations)
-            self._flights.check_open()
-            self._check_room(name)  # somebody else may have come meanwhile
-            region = self._enter(memory, name, access, grants, array, registrations)
+            region = await self._make(memory, name, access, grants, array)
         except BaseException:
-            await asyncio.shield(self._withdraw(registrations))
             backings.close()
             raise
         region.backings = backings
         self._acceptor.open(region)
         return region
 
-    def _check_room(self, name: str | None) -> None:
+    async def open(self, url: str | os.PathLike[str], mode: FileMode, name: str | None, **options: Any) -> Region:
+        """Make a region of a file, as `Agent.open` says. Peers are not shown it, and it takes no slot."""
+        self._flights.check_open()
+        memory: Memory = await self._in_thread(partial(open_file, url, mode, **options))
+        access: Access = "r" if memory.readonly else "rw"
+        try:
+            self._flights.check_open()
+            return await self._make(memory, name, access, Grants({}, access, readonly=memory.readonly), None)
+        except BaseException:
+            _file_of(memory).close()
+            raise
+
+    async def _make(
+        self, memory: Memory, name: str | None, access: Access, grants: Grants, array: npt.NDArray[Any] | None
+    ) -> Region:
+        """Show memory to the backends, and make a region of it."""
+        registrations: dict[str, Registration] = {}
+        try:
+            self._check_room(name, memory.kind)
+            refused = await self._show(memory, registrations)
+            self._flights.check_open()
+            self._check_room(name, memory.kind)  # somebody else may have come meanwhile
+            region = self._enter(memory, name, access, grants, array, registrations)
+            region.refusals = refused
+            return region
+        except BaseException:
+            await asyncio.shield(self._withdraw(registrations))
+            raise
+
+    def _check_room(self, name: str | None, kind: MemoryKind) -> None:
         name = self._name(name)
         if name in self._regions:
             raise RegistrationError(f"agent {self._agent!r} has a region {name!r} already; names are unique")
-        if not self._free_slots and self._slots >= SLOTS:
+        if kind is not MemoryKind.FILE and not self._free_slots and self._slots >= SLOTS:
             raise RegistrationError(f"agent {self._agent!r} has {SLOTS:,} regions, the most there are; register lists")
 
     def _name(self, name: str | None) -> str:
         return f"region-{self._count + 1}" if name is None else name
 
-    async def _show(self, memory: Memory, registrations: dict[str, Registration]) -> None:
-        """Register memory with every backend that can use it, of which one is needed; fills in the registrations."""
+    async def _show(self, memory: Memory, registrations: dict[str, Registration]) -> dict[str, str]:
+        """Register memory with every backend that can use it, of which one is needed; why the others cannot."""
         refused: dict[str, str] = {}
         for backend in self._backends.values():
+            if not any(memory.kind in pair for pair in backend.capabilities.kinds):
+                refused[backend.name] = f"does not move {memory.kind}"
+                continue
             try:
                 if not backend.pins:
                     registrations[backend.name] = backend.register(memory)
@@ -137,6 +167,7 @@ class Regions:
         if not registrations:
             reasons = "; ".join(f"{k}: {v}" for k, v in (dict(self._refused) | refused).items())
             raise RegistrationError(f"no backend can use this {memory.kind} memory ({reasons})")
+        return refused
 
     async def _withdraw(self, registrations: dict[str, Registration]) -> None:
         """Undo what `_show` did."""
@@ -168,10 +199,7 @@ class Regions:
     ) -> Region:  # fmt: skip
         """Give memory that has been shown to the backends a number, a name and a slot."""
         number, name = self._count + 1, self._name(name)
-        if not self._free_slots:  # a slot whose last initiator is stopped inside it never becomes free again
-            self._free_slots.append(self._slots)
-            self._slots += 1
-        slot = self._free_slots.pop()
+        slot = -1 if memory.kind is MemoryKind.FILE else self._take_slot()
         self._count = number
         region = Region(
             name, memory, id=number, slot=slot, epoch=number, access=access, grants=grants, keeper=self, array=array
@@ -180,6 +208,12 @@ class Regions:
         region.exports = {n: e for n, r in registrations.items() if (e := self._backends[n].export(r))}
         self._regions[name] = region
         return region
+
+    def _take_slot(self) -> int:
+        if not self._free_slots:  # a slot whose last initiator is stopped inside it never becomes free again
+            self._free_slots.append(self._slots)
+            self._slots += 1
+        return self._free_slots.pop()
 
     async def close(self, region: Region) -> None:
         """Take a region back from the peers and the backends, and let go of its memory, as `Region.aclose` says."""
@@ -213,8 +247,27 @@ class Regions:
             for incoming in late:
                 incoming.keep(region.slot, memory)
             return ", ".join(repr(incoming.name) for incoming in late)
-        self._free_slots.append(region.slot)
+        if region.kind is MemoryKind.FILE:
+            await self._close_file(_file_of(memory))
+        else:
+            self._free_slots.append(region.slot)
         return ""
+
+    async def _close_file(self, file: File) -> None:
+        try:
+            await self._in_thread(file.close)
+        except OSError as error:
+            raise RegistrationError(f"{file.path} was closed, but not in order: {error.strerror}") from error
+
+    async def sync(self, region: Region) -> None:
+        """Have what was written to a file reach its device, as `Region.sync` says."""
+        if region.kind is not MemoryKind.FILE:
+            raise RegistrationError(f"region {region.name!r} is {region.kind} memory; only a file can be synced")
+        file = _file_of(region.memory)
+        try:
+            await self._in_thread(file.sync)
+        except OSError as error:
+            raise TransferError(f"{file.path} could not be synced: {error.strerror}") from error
 
     async def _shut(self, region: Region, shown: list[Incoming]) -> list[Incoming]:
         """Wait until initiators are out of a region that was taken back from them; those that were stopped in it."""
@@ -229,6 +282,10 @@ class Regions:
 
     def grant(self, region: Region, peer: str, access: Access) -> None:
         """Let a peer use a region, as `Region.grant` says."""
+        if region.kind is MemoryKind.FILE:
+            raise RegistrationError(
+                f"region {region.name!r} is a file, which peers do not reach; they open it themselves"
+            )
         region.grants.grant(peer, access)
         self._acceptor.renew(region, peer)
 
@@ -269,6 +326,11 @@ def _dimensions(shape: int | Sequence[int], dtype: npt.DTypeLike) -> tuple[tuple
             f"shape {dims} of {element} cannot be allocated; expected sizes of 0 or more and elements of plain bytes"
         )
     return dims, element
+
+
+def _file_of(memory: Memory) -> File:
+    assert isinstance(memory.owner, File)
+    return memory.owner
 
 
 def _backings(memory: Memory, writable: bool) -> Backings:

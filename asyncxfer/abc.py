@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ._descriptors import Layout, MemoryKind
 from ._errors import BackendError, RegistrationError
 from ._fast.completion import Completion
+from ._files import File
 from ._memory import Memory, Segment
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "Completion",
     "Cost",
     "Endpoint",
+    "File",
     "Layout",
     "Memory",
     "MemoryKind",
