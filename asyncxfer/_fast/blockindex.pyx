@@ -218,7 +218,7 @@ cdef class BlockIndex:
     cdef uint64_t* free_bits    # a bit for each block below `top`
     cdef shard_t shards[SHARDS]
     cdef uint64_t secrets[5]
-    cdef uint64_t clock
+    cdef readonly uint64_t clock
     cdef uint32_t newest, oldest
     cdef bint ordered           # whether the list of use is kept; `apply` builds an index without
     cdef readonly uint64_t sequence
