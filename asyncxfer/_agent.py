@@ -24,7 +24,7 @@ from ._config import Config
 from ._credentials import Credentials
 from ._descriptors import DescriptorList, MemoryKind
 from ._errors import AccessError, ClosedError, ConfigError, DescriptorError, TransferTimeout
-from ._fast import engine, outbox, poller
+from ._fast import engine, fileio, outbox, poller
 from ._files import Durability, FileMode
 from ._grants import Granted
 from ._inbox import Notification
@@ -675,6 +675,7 @@ def _after_fork() -> None:
     _identity.after_fork()
     engine.after_fork()
     outbox.after_fork()
+    fileio.after_fork()
     poller.after_fork()
     for agent in list(_agents):
         agent._forked()

@@ -23,6 +23,7 @@ _SHIPPED = {
     "shm": "asyncxfer.backends.shm:ShmBackend",
     "tcp": "asyncxfer.backends.tcp:TcpBackend",
     "ucx": "asyncxfer.backends.ucx:UcxBackend",
+    "uring": "asyncxfer.backends.uring:UringBackend",
 }
 
 BackendSpec: TypeAlias = str | type[Backend] | Backend

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, ClassVar
 
 import pytest
+from file_backend import FileBackend
 from thread_backend import ThreadBackend
 
 from asyncxfer import PreSharedKey
 from asyncxfer.abc import Backend
-from asyncxfer.testing import BackendContract, PeerProcess, Target
+from asyncxfer.testing import BackendContract, FileContract, PeerProcess, Target
 
 SECRET = "a secret that only the tests know"
 
@@ -170,3 +171,15 @@ class TestThirdParty(BackendContract):
 
     def backends(self) -> Iterable[type[Backend]]:
         return [ThreadBackend]
+
+
+class TestThirdPartyFiles(FileContract):
+    """The same for files: past the page cache what is aligned, and through it the rest."""
+
+    route = "pieces"
+    shared = True
+    direct = True
+    durability = "data"
+
+    def backends(self) -> Iterable[type[Backend]]:
+        return [FileBackend]

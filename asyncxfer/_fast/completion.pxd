@@ -43,7 +43,8 @@ cdef struct op_t:
     int letter                  # ended but for the note, which the control channel delivers from the loop
     void (*on_stop)(op_t*) noexcept nogil   # the backend's own: somebody asks for an early end
     void* carrier               # the backend's own
-    uint32_t detail             # more on the status: which chunk
+    uint32_t detail             # more on the status: which chunk; with a file, what failed
+    uint64_t at, wanted, found  # where in a file, the bytes that were to be moved there, and those that were
     int put
     int inline_                 # ends within the call that posts it: no queue, no wake-up
     int state                   # atomic: 0 in flight, 1 ended
@@ -68,6 +69,7 @@ cdef class CompletionQueue:
     cdef queue_t q
     cdef node_t* backlog
     cdef int64_t inline_ns
+    cdef int64_t held_ns        # what transfers that ended inline took since the loop last turned, as far as is known
     cpdef int drain(self) except -1
     cpdef void forget(self)
 

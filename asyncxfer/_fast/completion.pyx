@@ -160,6 +160,7 @@ cdef class CompletionQueue:
         cdef node_t* next_
         cdef int settled = 0
         cdef int64_t end = axf_now() + TURN_NS
+        self.held_ns = 0
         if self.backlog == NULL:
             read(self.q.fd, &count, 8)
             node = <node_t*>axf_take(&self.q.head)
@@ -186,7 +187,7 @@ cdef class CompletionQueue:
         self.inline_ns += nanoseconds
         if self.inline_ns < TURN_NS:
             return False
-        self.inline_ns = 0
+        self.inline_ns = self.held_ns = 0
         return True
 
 
@@ -316,6 +317,9 @@ cdef class Completion:
     @property
     def error(self) -> BaseException | None:
         """The exception that a backend failed it with."""
+        if self._error is None and self.op.detail and axf_load(&self.op.state) and self.op.status == FAILED:
+            op = &self.op
+            self._error = self.prepared.failure(op.detail, op.error, op.at, op.wanted, op.found)
         return self._error
 
     @property

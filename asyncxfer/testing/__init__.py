@@ -1,12 +1,14 @@
 """What authors of backends test theirs with: the contract suite, and a peer in a second process.
 
-``BackendContract`` is a class of pytest tests that an implementation subclasses and thereby passes or fails; it needs
+``BackendContract`` is a class of pytest tests that an implementation subclasses and thereby passes or fails, and
+``FileContract`` one for backends that move to and from files; they need
 pytest and pytest-asyncio, which are looked for when it is asked for and not before. ``PeerProcess`` and ``AgentTarget``
 need nothing but asyncxfer. Nothing here knows any backend.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from ._process import PeerProcess
@@ -14,11 +16,19 @@ from ._target import AgentTarget, Target
 
 if TYPE_CHECKING:
     from ._contract import BackendContract
+    from ._files import FileContract, FileTarget
     from ._stage import Selection, Sides, Stage
 
-__all__ = ["AgentTarget", "BackendContract", "PeerProcess", "Selection", "Sides", "Stage", "Target"]
+__all__ = [
+    "AgentTarget", "BackendContract", "FileContract", "FileTarget", "PeerProcess", "Selection", "Sides", "Stage",
+    "Target",
+]  # fmt: skip
 
-_SUITE = ("_stage", "_moving", "_telling", "_ending", "_contract")
+_SUITE = ("_stage", "_moving", "_telling", "_ending", "_contract", "_files")
+_HOMES = {
+    "BackendContract": "_contract", "FileContract": "_files", "FileTarget": "_files",
+    "Selection": "_stage", "Sides": "_stage", "Stage": "_stage",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
@@ -29,7 +39,7 @@ def __getattr__(name: str) -> object:
     ImportError
         pytest or pytest-asyncio is missing.
     """
-    if name not in ("BackendContract", "Selection", "Sides", "Stage"):
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         import pytest
@@ -40,6 +50,4 @@ def __getattr__(name: str) -> object:
             "`python -m pip install pytest pytest-asyncio` installs it"
         ) from error
     pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _SUITE))
-    from . import _contract, _stage
-
-    return getattr(_contract if name == "BackendContract" else _stage, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -39,7 +39,8 @@ class BackendContract(Moving, Telling, Ending):
     skips : mapping of str to str
         Capabilities that the backend has not, and why: ``"cancel"`` (transfers can be ended early), ``"timeout"``
         (and are, when their time is over), ``"revoke"`` (the peer may take a region back, or leave, under them),
-        ``"count"`` (the peer can tell what was moved to and from it).
+        ``"count"`` (the peer can tell what was moved to and from it), ``"notify"`` (and hear of it), ``"grant"`` (and
+        say who may do so), ``"leave"`` (and be left).
 
     Examples
     --------

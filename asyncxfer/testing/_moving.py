@@ -28,6 +28,9 @@ class Moving:
         def stage(self) -> AbstractAsyncContextManager[Stage]:
             """Of `BackendContract`."""
 
+        def need(self, capability: str) -> None:
+            """Of `BackendContract`."""
+
     @both_ways
     async def test_one_row(self, op: Op) -> None:
         async with self.stage() as stage:
@@ -75,8 +78,15 @@ class Moving:
         async with self.stage() as stage:
             sides = await stage.open((8, 64))
             local, remote = Selection.by_key(sides.region, np.s_[0:0]), Selection.by_key(sides.remote, np.s_[5:5])
-            done = await stage.moves(sides, op, local, remote, notify=b"nothing")
+            done = await stage.moves(sides, op, local, remote)
             assert (done.nbytes, done.descriptors) == (0, 0)
+
+    @both_ways
+    async def test_a_notification_without_rows(self, op: Op) -> None:
+        self.need("notify")
+        async with self.stage() as stage:
+            sides = await stage.open((8, 64))
+            await stage.post(op, sides.region[0:0], sides.remote[5:5], notify=b"nothing")
             await stage.target.expect(b"nothing", timeout=30)
 
     @both_ways

@@ -61,11 +61,12 @@ class Sides:
     here : (*shape) uint8
         Its memory.
     remote : RemoteRegion
+        Or a file, which is a region of the initiator's own agent.
     """
 
     region: Region
     here: npt.NDArray[np.uint8]
-    remote: RemoteRegion
+    remote: RemoteRegion | Region
     target: Target
 
     async def there(self) -> npt.NDArray[np.uint8]:
@@ -81,14 +82,15 @@ class Sides:
 
 @dataclass
 class Stage:
-    """An agent that moves, and a peer that it is connected to.
+    """An agent that moves, and a peer that it is connected to, or files.
 
     Attributes
     ----------
     agent : Agent
-    peer : Peer
+    connected : Peer or None
+        None where the other side is files.
     target : Target
-        The peer's side.
+        The other side.
     route : str
         What transfers insist on.
     shared : bool
@@ -98,7 +100,7 @@ class Stage:
     """
 
     agent: Agent
-    peer: Peer
+    connected: Peer | None
     target: Target
     route: str
     shared: bool
@@ -120,9 +122,22 @@ class Stage:
         name = f"region-of-test-{next(self._numbers)}"
         await self.target.open(name, remote_shape or shape, access=access, shared=self.shared)
         region, here = await make_region(self.agent, shape, shared=self.shared)
-        sides = Sides(region, here, await self.peer.region(name, timeout=30), self.target)
+        sides = Sides(region, here, await self.target.reach(name, self.connected), self.target)
         await sides.fill(len(name))
         return sides
+
+    @property
+    def peer(self) -> Peer:
+        """The peer, in tests that need one."""
+        assert self.connected is not None, "this test needs a peer; declare in `skips` what cannot be tested without"
+        return self.connected
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """What the agent has counted towards the other side, by the backend under test and direction."""
+        towards = self.agent if self.connected is None else self.connected
+        counted: dict[str, Any] = self.agent.stats()["sent"][towards.name][self.route.partition(":")[0]]
+        return counted
 
     def post(self, op: Op, local: DescriptorList, remote: DescriptorList, **options: Any) -> Transfer:
         """Post a transfer by the route under test."""

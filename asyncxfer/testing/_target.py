@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from asyncxfer import Agent, Region
+from asyncxfer import Agent, Peer, Region, RemoteRegion
 
 __all__ = ["Access", "AgentTarget", "Target", "make_region"]
 
@@ -62,6 +62,11 @@ class Target(abc.ABC):
     @abc.abstractmethod
     async def open(self, name: str, shape: Sequence[int], *, access: Access = "rw", shared: bool = False) -> None:
         """Make a region of bytes; parameters as in `make_region`."""
+
+    async def reach(self, name: str, peer: Peer | None) -> Region | RemoteRegion:
+        """Give the initiator's view of a region that was opened; by default as its peer shows it."""
+        assert peer is not None, f"{type(self).__name__} needs a peer"
+        return await peer.region(name, timeout=30)
 
     @abc.abstractmethod
     async def close(self, name: str) -> None:

@@ -34,6 +34,7 @@ class Telling:
 
     @pytest.mark.parametrize("nbytes", [1000, 3_000_000])
     async def test_data_is_visible_when_its_notification_arrives(self, nbytes: int) -> None:
+        self.need("notify")
         async with self.stage() as stage:
             sides = await stage.open((nbytes,))
             plan = stage.prepare("put", sides.region[:], sides.remote[:])
@@ -49,6 +50,7 @@ class Telling:
 
     @both_ways
     async def test_each_notification_arrives_once(self, op: Op) -> None:
+        self.need("notify")
         async with self.stage() as stage:
             sides = await stage.open((64, 512))
             posted = [stage.post(op, sides.region[row], sides.remote[row], notify=b"row %d" % row) for row in range(64)]
@@ -60,6 +62,7 @@ class Telling:
                     await stage.target.expect(b"row %d" % row, timeout=0.01)
 
     async def test_a_bare_notification(self) -> None:
+        self.need("notify")
         async with self.stage() as stage:
             await stage.peer.notify(b"hello")
             await stage.target.expect(b"hello", timeout=30)
@@ -117,7 +120,7 @@ class Telling:
             before = (await stage.target.stats())["served"].get(stage.agent.name, {})
             for _ in range(3):
                 await stage.post(op, sides.region[:], sides.remote[:])
-            sent = stage.agent.stats()["sent"][stage.peer.name][stage.route.partition(":")[0]][op]
+            sent = stage.counted[op]
             assert (sent["transfers"], sent["nbytes"], sent["failed"]) == (3, 96_000, 0)
             served = (await stage.target.stats())["served"][stage.agent.name]
             assert served[f"{op}s"] - before.get(f"{op}s", 0) == 3

@@ -1,0 +1,3 @@
+__pyx_capi__: dict[str, object]  # what other Cython modules link to
+
+def live() -> int: ...

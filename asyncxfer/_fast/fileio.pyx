@@ -1,0 +1,344 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False, autotestdict=False
+"""Moves bytes between memory and files: on the caller's thread, or by threads without the GIL.
+
+What is small and in the page cache is read within the call that posts it, for as long as that holds up the loop by less
+than its bound. All else goes to threads, which are shared by all agents of the process: some that read, some that
+write, and some for transfers that have nothing but blocking calls. Each takes one request at a time and sends the
+transfer to the back of the queue. Through the page cache one thread at a time writes to a file, since the file system
+would make the others wait in turns.
+"""
+
+from libc.errno cimport EAGAIN, EFAULT, EIO, EOPNOTSUPP
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc
+from libc.string cimport memset
+
+from asyncxfer._fast.completion cimport FAILED, OK, Completion, op_finish, op_t
+from asyncxfer._fast.fileflight cimport *
+from asyncxfer._fast.filework cimport (
+    MOST_IOVECS, SYNC_FULL, FileWork, axf_file_move, axf_file_sync, axf_iov_rest, file_t, filework_t, iovec, request_t,
+)
+from asyncxfer._fast.native cimport *
+from asyncxfer._fast.pthread cimport *
+
+cdef enum:
+    MAX_THREADS = 64
+    PRIORITIES = 3              # interactive, normal, background
+    POOLS = 3
+
+cdef enum:
+    READERS = 0                 # read what is in the page cache
+    WRITERS = 1                 # write to it, and so may have to wait
+    BLOCKERS = 2                # do all there is to do, and wait for the device
+
+# How long transfers may hold up the caller between two turns of its loop; 1 ms is the promise.
+cdef int64_t HELD_NS = 400_000
+
+
+cdef struct queue_t:
+    flight_t* first
+    flight_t* last
+
+
+cdef struct pool_t:
+    pthread_mutex_t lock
+    pthread_cond_t more
+    queue_t queues[PRIORITIES]
+    pthread_t threads[MAX_THREADS]
+    int running, wanted, idle, stopping
+
+
+cdef pool_t pools[POOLS]
+cdef int users = 0
+
+
+cdef void reset() noexcept nogil:
+    cdef int i
+    memset(pools, 0, sizeof(pools))
+    for i in range(POOLS):
+        pthread_mutex_init(&pools[i].lock, NULL)
+        pthread_cond_init(&pools[i].more, NULL)
+
+
+reset()
+
+
+# ---- queues; all with the pool's lock held -----------------------------------------------------------------------------
+
+cdef void append(pool_t* pool, flight_t* f) noexcept nogil:
+    cdef queue_t* queue = &pool.queues[f.rank]
+    f.next = NULL
+    if queue.last == NULL:
+        queue.first = f
+    else:
+        queue.last.next = f
+    queue.last = f
+    if pool.idle:
+        pthread_cond_signal(&pool.more)
+    elif pool.running < pool.wanted and start_thread(&pool.threads[pool.running], worker, b"axf-file", pool) == 0:
+        pool.running += 1
+
+
+cdef flight_t* pop(pool_t* pool) noexcept nogil:
+    cdef queue_t* queue
+    cdef flight_t* f
+    cdef int p
+    for p in range(PRIORITIES):
+        queue = &pool.queues[p]
+        f = queue.first
+        if f != NULL:
+            queue.first = f.next
+            if queue.first == NULL:
+                queue.last = NULL
+            return f
+    return NULL
+
+
+cdef bint park(flight_t* f) noexcept nogil:
+    """Sets it aside where another thread writes to its file."""
+    cdef file_t* file = f.work.file
+    if not file.writing:
+        return False
+    f.next = NULL
+    if file.parked[f.rank] == NULL:
+        file.parked[f.rank] = f
+    else:
+        (<flight_t*>file.parked_last[f.rank]).next = f
+    file.parked_last[f.rank] = f
+    return True
+
+
+cdef void unpark(pool_t* pool, file_t* file) noexcept nogil:
+    """The next that waits for the file may go on."""
+    cdef flight_t* f
+    cdef int p
+    for p in range(PRIORITIES):
+        f = <flight_t*>file.parked[p]
+        if f != NULL:
+            file.parked[p] = f.next
+            append(pool, f)
+            return
+
+
+# ---- one request -------------------------------------------------------------------------------------------------------
+
+cdef bint perform(flight_t* f, uint32_t index) noexcept nogil:
+    """Carries it out, or as much as can be had at once where the ring does the rest; whether it has ended."""
+    cdef const filework_t* w = f.work
+    cdef const request_t* r = &w.requests[index]
+    cdef file_t* file = w.file
+    cdef iovec rest[MOST_IOVECS]
+    cdef const iovec* iov = &w.iov[r.iov]
+    cdef uint32_t n = r.n
+    cdef uint64_t got = 0
+    cdef int64_t rc
+    cdef int fd = file.fd
+    cdef bint refuse = f.ringed and not w.write and not file.in_memory
+    if r.direct:
+        fd = file.direct
+    if refuse and not axf_load(&file.can_refuse):
+        f.calls[index].got = 0
+        return False
+    while flight_status(f) == OK:
+        rc = axf_file_move(fd, iov, n, r.offset + got, w.write, refuse)
+        if rc > 0:
+            got += <uint64_t>rc
+            if got == r.nbytes:
+                flight_moved(f, index, got)
+                break
+            n = axf_iov_rest(&w.iov[r.iov], r.n, got, rest)
+            iov = rest
+            if r.direct:
+                fd = file.fd                # the rest may begin anywhere
+        elif refuse and (rc == -EAGAIN or rc == -EOPNOTSUPP):
+            if rc == -EOPNOTSUPP:
+                axf_store(&file.can_refuse, 0)
+            f.calls[index].got = <uint32_t>got
+            return False
+        else:
+            flight_trouble(f, index, got, EIO if rc == 0 and w.write else <int>-rc)
+            break
+    return True
+
+
+cdef void over(flight_t* f) noexcept nogil:
+    """All its requests have ended."""
+    cdef int error
+    if f.work.write and f.work.file.sync and axf_load(&f.op.stop) == OK:
+        error = axf_file_sync(f.work.file.fd, f.work.file.sync == SYNC_FULL)
+        if error:
+            flight_sync_trouble(f, error)
+    flight_end(f)
+
+
+cdef void step(pool_t* pool, flight_t* f) noexcept nogil:
+    """One request of one transfer. Called and left with the lock held."""
+    cdef file_t* file = f.work.file
+    cdef uint32_t index = f.at, less = 1
+    cdef bint alone = f.work.write and not f.work.requests[index].direct
+    if flight_status(f) != OK:
+        less = f.end - f.at
+        f.at = f.end
+        pthread_mutex_unlock(&pool.lock)
+    elif alone and park(f):
+        return
+    else:
+        f.at += 1
+        if alone:
+            file.writing = 1
+        elif f.at < f.end:
+            append(pool, f)
+        pthread_mutex_unlock(&pool.lock)
+        if not perform(f, index):
+            less = 0
+        if alone:                       # before it may have ended: the file may go with it
+            pthread_mutex_lock(&pool.lock)
+            file.writing = 0
+            unpark(pool, file)
+            if f.at < f.end:
+                append(pool, f)
+            pthread_mutex_unlock(&pool.lock)
+    if flight_less(f, less):
+        over(f)
+    pthread_mutex_lock(&pool.lock)
+
+
+cdef void* worker(void* arg) noexcept nogil:
+    cdef pool_t* pool = <pool_t*>arg
+    cdef flight_t* f
+    axf_be_patient()            # event loops go first
+    pthread_mutex_lock(&pool.lock)
+    while True:
+        f = pop(pool)
+        if f != NULL:
+            step(pool, f)
+        elif pool.stopping:
+            break
+        else:
+            pool.idle += 1
+            pthread_cond_wait(&pool.more, &pool.lock)
+            pool.idle -= 1
+    pthread_mutex_unlock(&pool.lock)
+    return NULL
+
+
+# ---- what Python calls ---------------------------------------------------------------------------------------------
+
+def acquire(int readers, int blockers) -> None:
+    """Take part, with at least so many threads that read, and that do all there is to do. They start with the work."""
+    global users
+    users += 1
+    want(READERS, readers)
+    want(WRITERS, 4)            # files that are written to at a time
+    want(BLOCKERS, blockers)
+
+
+cdef void want(int number, int count) noexcept:
+    pools[number].wanted = max(pools[number].wanted, min(max(count, 1), <int>MAX_THREADS))
+
+
+def release() -> None:
+    """Leave. The last to do so ends the threads; nothing of theirs is in flight by then."""
+    global users
+    cdef pool_t* pool
+    cdef int number, i
+    users -= 1
+    if users > 0:
+        return
+    with nogil:
+        for number in range(POOLS):
+            pool = &pools[number]
+            pthread_mutex_lock(&pool.lock)
+            pool.stopping = 1
+            pthread_cond_broadcast(&pool.more)
+            pthread_mutex_unlock(&pool.lock)
+            for i in range(pool.running):
+                pthread_join(pool.threads[i], NULL)
+        reset()
+
+
+def after_fork() -> None:
+    """In a child: the threads and what they were doing belong to the parent."""
+    global users
+    users = 0
+    reset()
+
+
+def threads() -> int:
+    """Threads that run now."""
+    cdef int number, n = 0
+    for number in range(POOLS):
+        n += pools[number].running
+    return n
+
+
+cdef bint run_inline(const filework_t* w, Completion completion) noexcept:
+    """Does it now, with the GIL held, where nothing has to be waited for; whether it has ended."""
+    cdef op_t* op = &completion.op
+    cdef const request_t* r
+    cdef uint32_t i
+    cdef int64_t rc = 0
+    if completion.queue.held_ns >= HELD_NS or not (w.file.in_memory or axf_load(&w.file.can_refuse)):
+        return False
+    if op.deadline and axf_now() >= op.deadline:
+        return False
+    for i in range(w.nrequests):
+        r = &w.requests[i]
+        rc = axf_file_move(w.file.fd, &w.iov[r.iov], r.n, r.offset, w.write, not w.file.in_memory)
+        if rc != r.nbytes:              # whatever the reason is, a thread will find it again
+            if rc == -EOPNOTSUPP:
+                axf_store(&w.file.can_refuse, 0)
+            completion.queue.held_ns += axf_now() - op.started
+            return False
+    end_inline(completion, OK)
+    completion.queue.held_ns += op.ended - op.started
+    return True
+
+
+cdef void end_inline(Completion completion, int status) noexcept:
+    completion.hold()
+    completion.op.inline_ = 1
+    op_finish(&completion.op, status, 0)
+    if completion.op.inline_:
+        completion.release()
+
+
+cdef bint post(pool_t* pool, flight_t* f) noexcept:
+    """Hands it to the threads; False when not one could be started."""
+    cdef bint posted
+    pthread_mutex_lock(&pool.lock)
+    append(pool, f)
+    posted = pool.running > 0
+    if not posted:
+        pop(pool)
+    pthread_mutex_unlock(&pool.lock)
+    return posted
+
+
+def submit(FileWork work not None, Completion completion not None, int priority=0) -> None:
+    """Start a transfer; it ends through the completion.
+
+    Parameters
+    ----------
+    priority : int
+        Above 0 it goes before, below 0 after all that is in flight with 0.
+    """
+    cdef op_t* op = &completion.op
+    cdef const filework_t* w = &work.w
+    cdef int rank = 0 if priority > 0 else 1 if priority == 0 else 2
+    cdef flight_t* f
+    completion.prepared = work
+    if w.nrequests == 0:
+        end_inline(completion, OK)
+        return
+    if w.small and run_inline(w, completion):
+        return
+    op.chunks = w.niov
+    op.marks = <unsigned char*>calloc(w.niov, 1)
+    f = flight_new(op, w, rank, 0)
+    if op.marks == NULL or f == NULL:
+        raise MemoryError("no memory to follow a transfer")
+    completion.hold()
+    if not post(&pools[BLOCKERS], f):
+        flight_free(f)
+        end_inline(completion, FAILED)
