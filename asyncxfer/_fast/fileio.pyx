@@ -2,10 +2,10 @@
 """Moves bytes between memory and files: on the caller's thread, or by threads without the GIL.
 
 What is small and in the page cache is read within the call that posts it, for as long as that holds up the loop by less
-than its bound. All else goes to threads, which are shared by all agents of the process: some that read, some that
-write, and some for transfers that have nothing but blocking calls. Each takes one request at a time and sends the
-transfer to the back of the queue. Through the page cache one thread at a time writes to a file, since the file system
-would make the others wait in turns.
+than its bound. Other copies from and to the page cache are made by threads, which are shared by all agents of the
+process; what would have to wait for a device is the ring's (see `uring`). Where there is none, further threads do
+everything by calls that block. A thread takes one request at a time and sends the transfer to the back of the queue.
+Through the page cache one thread at a time writes to a file: the file system would make the others wait in turns.
 """
 
 from libc.errno cimport EAGAIN, EFAULT, EIO, EOPNOTSUPP
@@ -16,10 +16,14 @@ from libc.string cimport memset
 from asyncxfer._fast.completion cimport FAILED, OK, Completion, op_finish, op_t
 from asyncxfer._fast.fileflight cimport *
 from asyncxfer._fast.filework cimport (
-    MOST_IOVECS, SYNC_FULL, FileWork, axf_file_move, axf_file_sync, axf_iov_rest, file_t, filework_t, iovec, request_t,
+    MOST_IOVECS, SYNC_FULL, SYNC_NONE, FileWork, axf_file_move, axf_file_sync, axf_iov_rest, file_t, filework_t, gate_t, iovec,
+    request_t,
 )
 from asyncxfer._fast.native cimport *
 from asyncxfer._fast.pthread cimport *
+from asyncxfer._fast.uring cimport ring_on_stop, ring_push, ring_start
+
+from asyncxfer._fast import uring
 
 cdef enum:
     MAX_THREADS = 64
@@ -94,28 +98,27 @@ cdef flight_t* pop(pool_t* pool) noexcept nogil:
     return NULL
 
 
-cdef bint park(flight_t* f) noexcept nogil:
+cdef bint park(gate_t* gate, flight_t* f) noexcept nogil:
     """Sets it aside where another thread writes to its file."""
-    cdef file_t* file = f.work.file
-    if not file.writing:
+    if not gate.writing:
         return False
     f.next = NULL
-    if file.parked[f.rank] == NULL:
-        file.parked[f.rank] = f
+    if gate.parked[f.rank] == NULL:
+        gate.parked[f.rank] = f
     else:
-        (<flight_t*>file.parked_last[f.rank]).next = f
-    file.parked_last[f.rank] = f
+        (<flight_t*>gate.parked_last[f.rank]).next = f
+    gate.parked_last[f.rank] = f
     return True
 
 
-cdef void unpark(pool_t* pool, file_t* file) noexcept nogil:
+cdef void unpark(pool_t* pool, gate_t* gate) noexcept nogil:
     """The next that waits for the file may go on."""
     cdef flight_t* f
     cdef int p
     for p in range(PRIORITIES):
-        f = <flight_t*>file.parked[p]
+        f = <flight_t*>gate.parked[p]
         if f != NULL:
-            file.parked[p] = f.next
+            gate.parked[p] = f.next
             append(pool, f)
             return
 
@@ -137,7 +140,7 @@ cdef bint perform(flight_t* f, uint32_t index) noexcept nogil:
     if r.direct:
         fd = file.direct
     if refuse and not axf_load(&file.can_refuse):
-        f.calls[index].got = 0
+        leave(f, index, 0)
         return False
     while flight_status(f) == OK:
         rc = axf_file_move(fd, iov, n, r.offset + got, w.write, refuse)
@@ -153,7 +156,7 @@ cdef bint perform(flight_t* f, uint32_t index) noexcept nogil:
         elif refuse and (rc == -EAGAIN or rc == -EOPNOTSUPP):
             if rc == -EOPNOTSUPP:
                 axf_store(&file.can_refuse, 0)
-            f.calls[index].got = <uint32_t>got
+            leave(f, index, got)
             return False
         else:
             flight_trouble(f, index, got, EIO if rc == 0 and w.write else <int>-rc)
@@ -161,10 +164,19 @@ cdef bint perform(flight_t* f, uint32_t index) noexcept nogil:
     return True
 
 
+cdef void leave(flight_t* f, uint32_t index, uint64_t got) noexcept nogil:
+    """Prepares a request, or what is left of it, for the ring."""
+    cdef call_t* call = &f.calls[index]
+    call.flight, call.request, call.got = f, index, <uint32_t>got
+
+
 cdef void over(flight_t* f) noexcept nogil:
     """All its requests have ended."""
     cdef int error
     if f.work.write and f.work.file.sync and axf_load(&f.op.stop) == OK:
+        if f.ringed:
+            ring_push(&f.self_)
+            return
         error = axf_file_sync(f.work.file.fd, f.work.file.sync == SYNC_FULL)
         if error:
             flight_sync_trouble(f, error)
@@ -173,32 +185,35 @@ cdef void over(flight_t* f) noexcept nogil:
 
 cdef void step(pool_t* pool, flight_t* f) noexcept nogil:
     """One request of one transfer. Called and left with the lock held."""
-    cdef file_t* file = f.work.file
+    cdef gate_t* gate = &f.work.file.gates[pool == &pools[BLOCKERS]]
     cdef uint32_t index = f.at, less = 1
+    cdef call_t* left = NULL
     cdef bint alone = f.work.write and not f.work.requests[index].direct
     if flight_status(f) != OK:
         less = f.end - f.at
         f.at = f.end
         pthread_mutex_unlock(&pool.lock)
-    elif alone and park(f):
+    elif alone and park(gate, f):
         return
     else:
         f.at += 1
         if alone:
-            file.writing = 1
+            gate.writing = 1
         elif f.at < f.end:
             append(pool, f)
         pthread_mutex_unlock(&pool.lock)
         if not perform(f, index):
-            less = 0
+            left = &f.calls[index]
         if alone:                       # before it may have ended: the file may go with it
             pthread_mutex_lock(&pool.lock)
-            file.writing = 0
-            unpark(pool, file)
+            gate.writing = 0
+            unpark(pool, gate)
             if f.at < f.end:
                 append(pool, f)
             pthread_mutex_unlock(&pool.lock)
-    if flight_less(f, less):
+    if left != NULL:
+        ring_push(left)
+    elif flight_less(f, less):
         over(f)
     pthread_mutex_lock(&pool.lock)
 
@@ -255,6 +270,7 @@ def release() -> None:
             for i in range(pool.running):
                 pthread_join(pool.threads[i], NULL)
         reset()
+    uring.release()
 
 
 def after_fork() -> None:
@@ -262,6 +278,7 @@ def after_fork() -> None:
     global users
     users = 0
     reset()
+    uring.after_fork()
 
 
 def threads() -> int:
@@ -327,18 +344,39 @@ def submit(FileWork work not None, Completion completion not None, int priority=
     cdef const filework_t* w = &work.w
     cdef int rank = 0 if priority > 0 else 1 if priority == 0 else 2
     cdef flight_t* f
+    cdef bint direct
     completion.prepared = work
     if w.nrequests == 0:
         end_inline(completion, OK)
         return
     if w.small and run_inline(w, completion):
         return
-    op.chunks = w.niov
     op.marks = <unsigned char*>calloc(w.niov, 1)
-    f = flight_new(op, w, rank, 0)
-    if op.marks == NULL or f == NULL:
+    f = NULL if op.marks == NULL else flight_new(op, w, rank, waits(w) and ring_start() == 0)
+    if f == NULL:
         raise MemoryError("no memory to follow a transfer")
+    op.chunks = w.niov
+    if f.ringed:
+        op.on_stop = ring_on_stop
     completion.hold()
-    if not post(&pools[BLOCKERS], f):
+    direct = f.ringed and w.ncached < w.nrequests       # asked now: a flight whose requests have ended is gone
+    if f.at < f.end and not post(pool_of(f), f):
         flight_free(f)
         end_inline(completion, FAILED)
+    elif direct:
+        ring_push(&f.self_)
+
+
+cdef bint waits(const filework_t* w) noexcept nogil:
+    """Whether there is anything that the ring is for."""
+    if not w.ring:
+        return False
+    if w.ncached < w.nrequests:
+        return True
+    return w.file.sync != SYNC_NONE if w.write else w.file.in_memory == 0
+
+
+cdef pool_t* pool_of(const flight_t* f) noexcept nogil:
+    if f.ringed or (f.work.ring and not waits(f.work)):
+        return &pools[WRITERS if f.work.write else READERS]
+    return &pools[BLOCKERS]

@@ -33,6 +33,12 @@ cdef enum trouble_t:            # what an op's `detail` says of a failure with a
     SHORT = 4
 
 
+cdef struct gate_t:
+    int writing                 # a thread writes through the page cache
+    void* parked[3]             # flights that wait for it to be done, by rank
+    void* parked_last[3]
+
+
 cdef struct file_t:
     int fd                      # through the page cache
     int direct                  # past it; -1 without
@@ -41,9 +47,7 @@ cdef struct file_t:
     int sync                    # a durability_t
     uint64_t grain              # of offsets and lengths that go past the page cache, a power of 2
     uint64_t memory_grain       # of addresses, likewise
-    int writing                 # a thread writes to it through the page cache; with that thread's lock held
-    void* parked[3]             # flights that wait for it, by rank
-    void* parked_last[3]
+    gate_t gates[2]             # of those who write to it, and have locks of their own
 
 
 cdef struct request_t:          # one call
@@ -61,6 +65,7 @@ cdef struct filework_t:
     uint32_t niov, nrequests, ncached
     uint64_t nbytes, rows
     int write
+    int ring                    # the ring waits for the device, where there is one
     int small                   # it may be tried on the caller's thread
 
 

@@ -40,6 +40,7 @@ class FileWork:
         request_rows: int = 1024,
         inline_bytes: int = 0,
         inline_rows: int = 0,
+        ring: bool = False,
         keep: object = None,
     ) -> None: ...
     @property

@@ -130,13 +130,15 @@ cdef class FileWork:
         The largest request.
     inline_bytes, inline_rows : int
         Up to here it is tried on the caller's thread.
+    ring : bool
+        The ring may wait for the device; else threads do.
     keep : object
         What must live as long.
     """
 
     def __init__(
         self, pairs, bases, OpenFile file not None, *, bint local, bint write, uint64_t request_bytes=1 << 20,
-        uint64_t request_rows=1024, uint64_t inline_bytes=0, uint64_t inline_rows=0, keep=None,
+        uint64_t request_rows=1024, uint64_t inline_bytes=0, uint64_t inline_rows=0, bint ring=False, keep=None,
     ):
         global _live
         cdef const unsigned char[::1] raw = np.ascontiguousarray(pairs).view(np.uint8)
@@ -147,7 +149,7 @@ cdef class FileWork:
         cdef bint sorted_ = True
         _live += 1
         self.file, self.keep = file, keep
-        w.file, w.write = &file.f, write
+        w.file, w.write, w.ring = &file.f, write, ring
         for i in range(npairs):
             w.rows += (<const axf_pair*>&raw[0])[i].count
         if w.rows >= 1 << 31:
