@@ -2,8 +2,8 @@
 
 Changes that come while a write is under way make up the next one, so that many puts share a sync. The index learns of
 a put after its record is where `durability` wants it, and blocks that were given up can be given out again after the
-record that says so. Compactions take their turn in the same line: the journal goes on in the next file, and what is held is
-written aside meanwhile, a part at a time; what changes in between stands in that next journal.
+record that says so. Compactions take their turn in the same line: the journal goes on in the next file, and what is
+held is written aside meanwhile, a part at a time; what changes in between stands in that next journal.
 
 It does not know rows or regions, and decides nothing about which blocks go.
 """

@@ -1,6 +1,7 @@
 """Opening the files of a store: what was asked for, checked; the lock; what is there, read and healed.
 
-All that touches a file here may block, and is done in a thread, before there is a store. It knows no agent and no region.
+All that touches a file here may block, and is done in a thread, before there is a store. It knows no agent and no
+region.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def check(mode: object, durability: object, block_bytes: int | None, budget: int
         if value not in words:
             raise ConfigError(f"{what} is {value!r}; expected one of {', '.join(map(repr, words))}")
     for what, number in (("block_bytes", block_bytes), ("budget", budget), ("slab_bytes", slab_bytes)):
-        if number is not None and not 0 < number < 2**62:
+        if number is not None and not 0 < int(number) < 2**62:
             raise ConfigError(f"{what} is {number}; expected at least one byte")
     if block_bytes is not None and budget is not None and budget < block_bytes:
         raise ConfigError(f"a budget of {budget:,} bytes has no room for a single block of {block_bytes:,}")
