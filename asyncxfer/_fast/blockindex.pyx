@@ -38,6 +38,7 @@ cdef enum:
     SHARDS = 1 << SHARD_BITS
     FIRST_BUCKETS = 16
     RUNS_TRIED = 8
+    SPLINTERS = 8        # one in so many blocks may lie free in pieces before they are used
 
 cdef enum:  # states of a block
     FREE = 0
@@ -618,7 +619,7 @@ cdef class BlockIndex:
         while m < <Py_ssize_t> n and tried < RUNS_TRIED:
             want = n - m
             length = self._free_run(want, &start)
-            if length < want and self.limit - self.top >= want:
+            if length < want and self.limit - self.top >= want and self.free <= self.top // SPLINTERS:
                 m = self._take(out, m, self.top, want)
                 break
             if length * 4 < want:
