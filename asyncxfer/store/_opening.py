@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 from urllib.parse import unquote, urlsplit
@@ -29,7 +29,7 @@ from ._journal import Durability, Journal
 from ._recovery import Follower, Loaded, Opened, load, read_identity
 from ._report import Report
 
-__all__ = ["Mode", "Options", "Parts", "check", "directory_of", "open_files"]
+__all__ = ["Mode", "Options", "Parts", "absolute", "check", "directory_of", "open_files"]
 
 Mode: TypeAlias = Literal["w", "r"]
 
@@ -69,7 +69,12 @@ def directory_of(url: str | os.PathLike[str]) -> Path:
         text = unquote(parts.path)
     if not text or "\0" in text:
         raise ConfigError(f"{text!r} is no path")
-    return Path(os.path.abspath(text))
+    return Path(os.fsdecode(text))
+
+
+def absolute(options: Options) -> Options:
+    """Give options whose directory no longer depends on where the process is. Asks the system for that."""
+    return replace(options, directory=Path(os.path.abspath(options.directory)))
 
 
 # ---- files: all of it blocks, in a thread ---------------------------------------------------------------------------

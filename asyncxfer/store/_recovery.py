@@ -210,6 +210,7 @@ class Follower:
         self.index = BlockIndex(MAX_BLOCKS)
         self.trusted = 0
         self.damaged = 0
+        self._was_closed = False
 
     def open(self, report: Report) -> None:
         """Read all that there is. Blocks; nobody uses the index yet.
@@ -229,6 +230,7 @@ class Follower:
             self.read_all()
             self.index.settle()
             report.damaged_records += self.damaged
+            report.clean = self._was_closed
             return
         raise StoreError(f"{self._directory}: its journal could not be found {_PATIENCE} times in a row")
 
@@ -313,6 +315,7 @@ class Follower:
         for kind, _, payload in notes:
             if kind == OPENED:
                 self.trusted = Opened.decode(payload).trusted
+            self._was_closed = kind == CLOSED
             if kind == NEXT:
                 self._next = self._generation + 1
 

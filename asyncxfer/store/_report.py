@@ -16,7 +16,7 @@ class Report:
     created : bool
         There was none; it was made.
     clean : bool
-        Whoever wrote it last had closed it.
+        Whoever wrote it last had closed it. A reader may find it False because the writer is at work.
     blocks : int
         That it holds.
     torn_bytes : int, bytes
@@ -67,7 +67,7 @@ class Report:
             return "new store"
         told = [
             f"{self.blocks:,} blocks",
-            "closed in order" if self.clean else "its last writer ended without closing it",
+            "closed in order" if self.clean else "not closed by its last writer",
         ]
         counts = [
             (self.torn_bytes, "bytes of unfinished records cut off"),

@@ -26,7 +26,7 @@ from asyncxfer._fast.blockrows import checksums
 from ._commits import Commits
 from ._errors import StoreError, StoreFullError
 from ._journal import Durability
-from ._opening import Mode, Options, Parts, check, directory_of, open_files
+from ._opening import Mode, Options, Parts, absolute, check, directory_of, open_files
 from ._slabs import Slabs, chosen_rows, in_host_memory
 from ._space import Space
 
@@ -168,9 +168,10 @@ class Store:
     async def _open(cls, agent: Agent, options: Options) -> Store:
         pool = ThreadPoolExecutor(4, thread_name_prefix="axf-store")
         parts = Parts(pool)
-        opening = asyncio.get_running_loop().run_in_executor(pool, open_files, options, parts)
+        loop = asyncio.get_running_loop()
         try:
-            await _to_the_end(opening)
+            options = await _to_the_end(loop.run_in_executor(pool, absolute, options))
+            await _to_the_end(loop.run_in_executor(pool, open_files, options, parts))
             store = cls(options, parts, agent)
             if parts.heal and store._commits is not None:
                 with contextlib.suppress(StoreFullError):
