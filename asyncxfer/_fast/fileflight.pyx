@@ -67,14 +67,20 @@ cdef void flight_moved(flight_t* f, uint32_t request, uint64_t nbytes) noexcept 
 
 
 cdef void flight_trouble(flight_t* f, uint32_t request, uint64_t got, int error) noexcept nogil:
-    """A request has failed after so many bytes; error 0: there were no more."""
+    """A request has failed after so many bytes; error 0: there were no more. The piece of which that is true is named."""
     cdef op_t* op = f.op
     cdef const request_t* r = &f.work.requests[request]
+    cdef uint32_t i = r.iov
+    cdef uint64_t at = r.offset
+    while i + 1 < r.iov + r.n and got >= f.work.iov[i].iov_len:
+        got -= f.work.iov[i].iov_len
+        at += f.work.iov[i].iov_len
+        i += 1
     if error == EFAULT:
         if axf_claim(&op.stop, OK, FAULT):
             op.error = error
     elif axf_claim(&op.stop, OK, FAILED):
-        op.error, op.at, op.wanted, op.found = error, r.offset, r.nbytes, got
+        op.error, op.at, op.wanted, op.found = error, at, f.work.iov[i].iov_len, got
         op.detail = SHORT if error == 0 else WRITING if f.work.write else READING
 
 

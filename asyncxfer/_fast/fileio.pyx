@@ -69,7 +69,8 @@ reset()
 
 # ---- queues; all with the pool's lock held -----------------------------------------------------------------------------
 
-cdef void append(pool_t* pool, flight_t* f) noexcept nogil:
+cdef void append(pool_t* pool, flight_t* f, bint wake) noexcept nogil:
+    """Puts it behind all others of its rank; without `wake`, for the thread that has just had it."""
     cdef queue_t* queue = &pool.queues[f.rank]
     f.next = NULL
     if queue.last == NULL:
@@ -77,6 +78,8 @@ cdef void append(pool_t* pool, flight_t* f) noexcept nogil:
     else:
         queue.last.next = f
     queue.last = f
+    if not wake:
+        return
     if pool.idle:
         pthread_cond_signal(&pool.more)
     elif pool.running < pool.wanted and start_thread(&pool.threads[pool.running], worker, b"axf-file", pool) == 0:
@@ -119,7 +122,7 @@ cdef void unpark(pool_t* pool, gate_t* gate) noexcept nogil:
         f = <flight_t*>gate.parked[p]
         if f != NULL:
             gate.parked[p] = f.next
-            append(pool, f)
+            append(pool, f, False)
             return
 
 
@@ -200,7 +203,7 @@ cdef void step(pool_t* pool, flight_t* f) noexcept nogil:
         if alone:
             gate.writing = 1
         elif f.at < f.end:
-            append(pool, f)
+            append(pool, f, True)
         pthread_mutex_unlock(&pool.lock)
         if not perform(f, index):
             left = &f.calls[index]
@@ -209,7 +212,7 @@ cdef void step(pool_t* pool, flight_t* f) noexcept nogil:
             gate.writing = 0
             unpark(pool, gate)
             if f.at < f.end:
-                append(pool, f)
+                append(pool, f, False)
             pthread_mutex_unlock(&pool.lock)
     if left != NULL:
         ring_push(left)
@@ -324,7 +327,7 @@ cdef bint post(pool_t* pool, flight_t* f) noexcept:
     """Hands it to the threads; False when not one could be started."""
     cdef bint posted
     pthread_mutex_lock(&pool.lock)
-    append(pool, f)
+    append(pool, f, True)
     posted = pool.running > 0
     if not posted:
         pop(pool)

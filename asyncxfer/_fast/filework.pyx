@@ -15,7 +15,8 @@ import numpy as np
 cdef enum:
     PAGE = 4096
 
-_live = 0
+cdef long _live = 0
+
 _DURABILITIES = {"none": SYNC_NONE, "data": SYNC_DATA, "full": SYNC_FULL}
 _OPERATIONS = {READING: "read", WRITING: "write", SYNCING: "sync"}
 
@@ -42,7 +43,6 @@ cdef class OpenFile:
     """
 
     def __init__(self, owner, int fd, int direct_fd, *, uint64_t alignment, uint64_t memory_alignment, str durability):
-        global _live
         for value in (alignment, memory_alignment):
             if value & (value - 1) or not value:
                 raise ValueError(f"an alignment of {value} bytes; expected a power of 2")
@@ -52,12 +52,14 @@ cdef class OpenFile:
         self.f.sync = _DURABILITIES[durability]
         self.f.in_memory = axf_file_in_memory(fd)
         self.f.can_refuse = not self.f.in_memory
+
+    def __cinit__(self, *args, **kwargs):
+        global _live
         _live += 1
 
     def __dealloc__(self):
         global _live
-        if self.owner is not None:
-            _live -= 1
+        _live -= 1
 
 
 # ---- rows in the order of the file -------------------------------------------------------------------------------------
@@ -140,14 +142,12 @@ cdef class FileWork:
         self, pairs, bases, OpenFile file not None, *, bint local, bint write, uint64_t request_bytes=1 << 20,
         uint64_t request_rows=1024, uint64_t inline_bytes=0, uint64_t inline_rows=0, bint ring=False, keep=None,
     ):
-        global _live
         cdef const unsigned char[::1] raw = np.ascontiguousarray(pairs).view(np.uint8)
         cdef const uint64_t[::1] starts = np.ascontiguousarray(bases, dtype=np.uint64)
         cdef filework_t* w = &self.w
         cdef uint64_t npairs = raw.shape[0] // sizeof(axf_pair), i
         cdef row_t* rows = NULL
         cdef bint sorted_ = True
-        _live += 1
         self.file, self.keep = file, keep
         w.file, w.write, w.ring = &file.f, write, ring
         for i in range(npairs):
@@ -170,10 +170,13 @@ cdef class FileWork:
             and (file.f.in_memory if write else True) and not (write and file.f.sync)
         )
 
+    def __cinit__(self, *args, **kwargs):
+        global _live
+        _live += 1
+
     def __dealloc__(self):
         global _live
-        if self.file is not None:
-            _live -= 1
+        _live -= 1
         free(self.w.requests)
         free(self.w.iov)
         free(self.w.order)

@@ -6,8 +6,8 @@ How bytes get in and out is native code's business (see `_fast.fileio`); which m
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from .._fast import fileio, uring
 from .._fast.filework import FileWork, OpenFile
@@ -18,6 +18,7 @@ from ..abc import (
     Completion,
     Cost,
     Endpoint,
+    File,
     Memory,
     MemoryKind,
     Offer,
@@ -45,7 +46,8 @@ class _FileRegistration(Registration):
 
     def __init__(self, memory: Memory) -> None:
         super().__init__(memory)
-        owner: Any = memory.owner
+        owner = memory.owner
+        assert isinstance(owner, File)
         self.file = OpenFile(
             owner,
             owner.fd,
@@ -73,8 +75,13 @@ class UringBackend(Backend):
     @classmethod
     def examine(cls, config: Config) -> str:
         """Say by what it moves bytes here; it always can."""
+        return "by io_uring and threads" if uring.refusal() is None else "by threads that block"
+
+    @classmethod
+    def details(cls, config: Config) -> Iterable[tuple[str, bool, str]]:
+        """Say whether there is io_uring, or why not."""
         refusal = uring.refusal()
-        return "io_uring" if refusal is None else f"threads, since there is no ring: {refusal}"
+        return (("io_uring", refusal is None, refusal or "what has to wait for a device goes through one ring"),)
 
     def register(self, memory: Memory) -> Registration:
         """Take host memory and files as they are.
