@@ -68,7 +68,9 @@ class Bench:
 @asynccontextmanager
 async def bench_in(path: Path) -> AsyncIterator[Bench]:
     async with Agent("bench") as agent, agent.allocate((COUNT, BLOCK), np.uint8) as region:
-        yield Bench(agent, region, path)
+        made = Bench(agent, region, path)
+        yield made
+        vars(made).clear()  # pytest keeps the value of a fixture, and with it the memory
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ SLAB_BYTES = 1 << 30
 _PIECE = 4096  # keys that are handled at once
 _PIECE_BYTES = 256 * 1024 * 1024
 _INLINE_BYTES = 64 * 1024  # checksums of so much are worked out at once
+_TURN_SECONDS = 200e-6
 _ATTEMPTS = 4  # of a reader, at blocks that the writer keeps moving
 
 
@@ -158,6 +159,7 @@ class Store:
         self._following = asyncio.Lock()
         self._running = 0
         self._idle = asyncio.Event()
+        self._turn: float | None = None  # when the loop was found to be turning last
         self._closed = False
         self._ending: asyncio.Task[None] | None = None
         self._counters = dict.fromkeys(("puts", "hits", "misses", "deleted", "damaged", "moved_away"), 0)
@@ -586,10 +588,23 @@ class Store:
         self._running += 1
         try:
             yield
+            await self._let_others()
         finally:
             self._running -= 1
             if not self._running:
                 self._idle.set()
+
+    async def _let_others(self) -> None:
+        """Let the loop turn where calls that needed not wait have kept it for a while."""
+        loop = asyncio.get_running_loop()
+        if self._turn is None:
+            self._turn = loop.time()
+            loop.call_soon(self._turned)
+        elif loop.time() - self._turn > _TURN_SECONDS:
+            await asyncio.sleep(0)
+
+    def _turned(self) -> None:
+        self._turn = None
 
     def _pieces(self, keys: Sequence[bytes]) -> Generator[tuple[Packed, Int64s], None, None]:
         """Give keys in the form that the index takes, and their numbers, as many as are handled at once."""
