@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from store_writer import block_of, key_of, version_of
 
 import asyncxfer
-from asyncxfer import AccessError, Agent, ClosedError, ConfigError, DescriptorError, Region
+from asyncxfer import AccessError, Agent, ClosedError, ConfigError, DescriptorError, Region, XferError
 from asyncxfer import store as stores
 from asyncxfer.store import Store, StoreError, StoreFormatError, StoreFullError, StoreLockedError
 
@@ -45,7 +45,7 @@ class Bench:
     def open(self, **options: Any) -> stores.Opening:
         """Open the store; a writer by default, whose blocks are those of the memory."""
         if options.get("mode", "w") == "w":
-            options.setdefault("block_bytes", BLOCK)
+            options = {"block_bytes": BLOCK, "slab_bytes": 100 * BLOCK} | options
         return stores.open(options.pop("path", self.path), agent=self.agent, **options)
 
     async def put(self, store: Store, versions: dict[int, int], **options: Any) -> None:
@@ -54,13 +54,13 @@ class Bench:
             self.memory[row] = block_of(number, version, BLOCK)
         await store.put([key_of(number) for number in versions], self.region[: len(versions)], **options)
 
-    async def get(self, store: Store, numbers: list[int]) -> dict[int, int | None]:
+    async def get(self, store: Store, numbers: list[int], *, damaged: bool = False) -> dict[int, int | None]:
         """Get numbered blocks: their versions; None for what is no whole block. Misses leave their rows alone."""
         rows = np.arange(COUNT - len(numbers), COUNT)
         self.memory[rows] = 0xAB
         hits = await store.get([key_of(number) for number in numbers], self.region[rows])
         for row, hit in zip(rows, hits, strict=True):
-            assert hit or (self.memory[row] == 0xAB).all()
+            assert hit or damaged or (self.memory[row] == 0xAB).all()
         found = zip(numbers, rows, hits, strict=True)
         return {number: version_of(number, self.memory[row]) for number, row, hit in found if hit}
 
@@ -174,7 +174,7 @@ async def test_large_batches_are_done_in_pieces(bench: Bench) -> None:
         assert hits.all()
         assert (back[::-1] == data).all()
         assert (await store.contains([*keys, b"x"])).tolist() == [True] * 10_000 + [False]
-        with pytest.raises(DescriptorError, match=r"key 1 is int .*counted from key 8192"):
+        with pytest.raises(DescriptorError, match=r"key 1 is int; .*counted from key 8192"):
             await store.contains([*keys[:8193], 7])  # type: ignore[list-item]
 
 
@@ -277,7 +277,7 @@ async def test_pinned_blocks_stay(bench: Bench) -> None:
 
 
 async def test_blocks_of_one_prefix_lie_together(bench: Bench) -> None:
-    async with bench.open(budget=1000 * BLOCK) as store:
+    async with bench.open(budget=1000 * BLOCK, slab_bytes=1000 * BLOCK) as store:
         for turn in range(10):
             for prefix in range(4):
                 await bench.put(store, versions(100 * prefix + 2 * turn, 100 * prefix + 2 * turn + 1), prefix=b"%d" % prefix)
@@ -385,7 +385,7 @@ async def test_a_store_has_one_writer(bench: Bench, loop_name: str) -> None:
         command = [sys.executable, str(Path(__file__).with_name("store_writer.py")), str(bench.path), "none"]
         ran = await asyncio.create_subprocess_exec(
             *command, "1" if loop_name == "asyncio" else "2", str(BLOCK * 10), env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         _, said = await ran.communicate()
         assert ran.returncode == 1
@@ -510,7 +510,7 @@ async def test_a_torn_journal_loses_only_what_was_torn(bench: Bench) -> None:
         async with bench.open(path=torn) as store:
             kept = 2 - min(2, -(-cut // 64))
             assert (store.report.blocks, store.report.clean) == (kept, False)
-            assert store.report.torn_bytes == (64 - cut % 64) % 64
+            assert (0 < store.report.torn_bytes < 64) if cut % 64 else store.report.torn_bytes == 0, (cut, store.report)
             assert await bench.get(store, [1, 2]) == versions(*(1, 2)[:kept])
             await bench.put(store, versions(3))
         async with bench.open(path=torn) as store:
@@ -562,11 +562,12 @@ async def test_no_damage_to_any_file_serves_a_wrong_block(bench: Bench, mode: st
             damage(dice.choice(sorted(bench.path.iterdir())), dice)
         try:
             async with bench.open(mode=mode) as store:
-                for number, version in (await bench.get(store, list(range(12)))).items():
+                for number, version in (await bench.get(store, list(range(12)), damaged=True)).items():
                     assert version in ((1, 2) if number >= 4 else (1,))
                 opened += 1
-        except StoreError as error:
+        except XferError as error:  # a reader finds a slab that has been cut when it reads it
             assert str(bench.path) in str(error)
+            assert isinstance(error, StoreError) or mode == "r"
             refused += 1
     assert opened > 20
     assert refused > 0

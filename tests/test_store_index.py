@@ -113,14 +113,13 @@ class IndexMachine(RuleBasedStateMachine):
         keys = list(dict.fromkeys(keys))
         done = self.index.pin(pack(keys), change)
         assert done.tolist() == [key in self.model if change > 0 else key in self.pins for key in keys]
-        for key in reversed(keys):
-            if change > 0 and key in self.model:
-                self.pins[key] = self.pins.get(key, 0) + 1
-            elif change < 0 and key in self.pins:
-                self.pins[key] -= 1
-                if not self.pins[key]:
-                    del self.pins[key]
-                    self.model.move_to_end(key)
+        for key, hit in zip(reversed(keys), reversed(done.tolist()), strict=True):
+            if not hit:
+                continue
+            self.pins[key] = self.pins.get(key, 0) + change
+            if not self.pins[key]:
+                del self.pins[key]
+                self.model.move_to_end(key)
 
     @rule(cut=st.integers(0, LIMIT))
     def snapshot(self, cut: int) -> None:

@@ -512,7 +512,7 @@ cdef class BlockIndex:
             raise ValueError("pins change by 1 or -1")
         done = np.zeros(n, np.bool_)
         cdef uint8_t[::1] out = done.view(np.uint8)
-        for i in range(n - 1, -1, -1):
+        for i in range(n):
             block = self._find(keys[i].at, keys[i].length, self._hash(keys[i].at, keys[i].length))
             if block < 0:
                 continue
@@ -526,8 +526,10 @@ cdef class BlockIndex:
             if entry.pins == 0:
                 self.pinned -= 1
                 self._link(<uint32_t> block)
-                self._touch(<uint32_t> block)
             out[i] = True
+        for i in range(n - 1, -1, -1):
+            if out[i]:
+                self._touch(<uint32_t> self._find(keys[i].at, keys[i].length, self._hash(keys[i].at, keys[i].length)))
         return done
 
     # -- taking away

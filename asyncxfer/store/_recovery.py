@@ -283,7 +283,11 @@ class Follower:
     def read_some(self) -> bool:
         """Apply some of the records that have come; whether there may be more. May block."""
         if self._next:
-            self._follow(self._next)
+            try:
+                self._follow(self._next)
+            except FileNotFoundError:
+                self._begin_anew()
+                return False
         data = os.pread(self._fd, 4 * PIECE_BYTES, self._at)
         data = data[: len(data) - len(data) % RECORD_BYTES]
         if not data:
@@ -296,6 +300,14 @@ class Follower:
         if not damaged:
             return len(data) == 4 * PIECE_BYTES
         return self._at_a_bad_one(data[looked * RECORD_BYTES :])
+
+    def _begin_anew(self) -> None:
+        """Read everything again: so many compactions went by that the journals in between are gone."""
+        fresh = Follower(self._directory, self._identity)
+        fresh.open(Report())
+        self.close()
+        fresh.damaged += self.damaged
+        self.__dict__.update(fresh.__dict__)  # all at once: whoever looks up meanwhile has the old index or the new one
 
     def _at_a_bad_one(self, rest: bytes) -> bool:
         """Judge a record that is not right: not written yet, in a slab that is new, or damaged. Whether to go on."""

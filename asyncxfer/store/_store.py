@@ -140,7 +140,7 @@ class Store:
         self._pool = parts.pool
         self._lock_fd = parts.lock_fd
         self._follower = parts.follower
-        self._index: BlockIndex = parts.follower.index if parts.follower else parts.index
+        self._own_index = None if parts.follower else parts.index
         self._trusted = parts.opened.trusted
         self._first_clock, self._first_sequence = self._index.clock, self._index.sequence
         self._slabs = Slabs(
@@ -180,7 +180,7 @@ class Store:
                     await store._commits.compact()
         except BaseException:
             parts.close()
-            pool.shutdown()
+            pool.shutdown(wait=False)
             raise
         return store
 
@@ -355,7 +355,8 @@ class Store:
         self, keys: Packed, which: Int64s, rows: DescriptorList, *, last: bool
     ) -> tuple[Int64s, Int64s]:
         """Read blocks once; the numbers of the keys that were got, and of those that the writer has moved meanwhile."""
-        blocks, sequences, sums, checked = self._index.lookup(keys, hold=True)
+        index = self._index
+        blocks, sequences, sums, checked = index.lookup(keys, hold=True)
         try:
             found = np.flatnonzero(blocks >= 0)
             if not in_host_memory(rows):  # nobody can look at these
@@ -369,7 +370,7 @@ class Store:
             )
             return found[good & same], found[~same]
         finally:
-            if self._index.release(blocks):
+            if index.release(blocks):
                 self._changed()
 
     async def _read_blocks(
@@ -562,6 +563,13 @@ class Store:
         }
 
     # ---- parts of it ---------------------------------------------------------------------------------------------
+
+    @property
+    def _index(self) -> BlockIndex:
+        if self._own_index is not None:
+            return self._own_index
+        assert self._follower is not None
+        return self._follower.index
 
     def _check_open(self) -> None:
         if self._closed:
