@@ -383,13 +383,10 @@ async def test_a_store_has_one_writer(bench: Bench, loop_name: str) -> None:
             await bench.open()
         environment = {**os.environ, "PYTHONPATH": str(Path(asyncxfer.__file__).parent.parent)}
         command = [sys.executable, str(Path(__file__).with_name("store_writer.py")), str(bench.path), "none"]
-        ran = await asyncio.create_subprocess_exec(
-            *command, "1" if loop_name == "asyncio" else "2", str(BLOCK * 10), env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        _, said = await ran.communicate()
+        command += ["1" if loop_name == "asyncio" else "2", str(BLOCK * 10)]
+        ran = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, text=True)
         assert ran.returncode == 1
-        assert f"StoreLockedError: {bench.path} is open for writing in process {os.getpid()}" in said.decode()
+        assert f"StoreLockedError: {bench.path} is open for writing in process {os.getpid()}" in ran.stderr
     async with bench.open():
         pass
 
@@ -502,7 +499,7 @@ async def test_a_torn_journal_loses_only_what_was_torn(bench: Bench) -> None:
         (journal,) = bench.path.glob("journal-*")
         copy = bench.path.with_name("copy")
         shutil.copytree(bench.path, copy)  # as a kill at this moment leaves it
-    for cut in (1, 63, 64, 65, 128, 200):
+    for cut in (1, 63, 64, 65, 128, 190):
         torn = bench.path.with_name(f"torn-{cut}")
         shutil.copytree(copy, torn)
         data = journal_bytes(torn / journal.name)
@@ -510,7 +507,7 @@ async def test_a_torn_journal_loses_only_what_was_torn(bench: Bench) -> None:
         async with bench.open(path=torn) as store:
             kept = 2 - min(2, -(-cut // 64))
             assert (store.report.blocks, store.report.clean) == (kept, False)
-            assert (0 < store.report.torn_bytes < 64) if cut % 64 else store.report.torn_bytes == 0, (cut, store.report)
+            assert (0 < store.report.torn_bytes < 64) if cut % 64 else store.report.torn_bytes == 0
             assert await bench.get(store, [1, 2]) == versions(*(1, 2)[:kept])
             await bench.put(store, versions(3))
         async with bench.open(path=torn) as store:
