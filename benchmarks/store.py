@@ -1,8 +1,8 @@
 """What the block store costs: ``python benchmarks/store.py [--keys N] [--path DIRECTORY]``.
 
-Of the index, with many keys of 32 bytes: memory a key, lookups in batches, opening after an orderly end and after a kill.
-Of the blocks, 16 KiB scattered in memory: puts at each durability, gets from the page cache and, with the cache dropped
-(root), from the disk; beside them what the agent does with one file and the same rows, without a store.
+Of the index, with many keys of 32 bytes: memory a key, lookups in batches, opening after an orderly end and after a
+kill. Of the blocks, 16 KiB scattered in memory: puts at each durability, gets from the page cache and, with the cache
+dropped (root), from the disk; beside them what the agent does with one file and the same rows, without a store.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ async def blocks(agent: Agent, path: Path) -> None:
 
 
 async def plain_file(agent: Agent, path: Path, memory: Region, scattered: Any) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    async with agent.open(path / "plain", "w", size=memory.nbytes) as file:
+    async with agent.open(path.with_name("plain"), "w", size=memory.nbytes) as file:
         taken = await seconds_of(lambda: agent.put(scattered, file.bytes[:]))
         report("agent.put, one file", rate(taken))
         taken = await seconds_of(lambda: agent.get(scattered, file.bytes[:]))
@@ -122,7 +121,9 @@ def rate(seconds: float) -> str:
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--keys", type=int, default=1_000_000)
-    parser.add_argument("--path", type=Path, default=None, help="on the disk to measure; a temporary directory by default")
+    parser.add_argument(
+        "--path", type=Path, default=None, help="on the disk to measure; a temporary directory by default"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.path) as directory:
         async with Agent("bench") as agent:

@@ -280,7 +280,9 @@ async def test_blocks_of_one_prefix_lie_together(bench: Bench) -> None:
     async with bench.open(budget=1000 * BLOCK, slab_bytes=1000 * BLOCK) as store:
         for turn in range(10):
             for prefix in range(4):
-                await bench.put(store, versions(100 * prefix + 2 * turn, 100 * prefix + 2 * turn + 1), prefix=b"%d" % prefix)
+                await bench.put(
+                    store, versions(100 * prefix + 2 * turn, 100 * prefix + 2 * turn + 1), prefix=b"%d" % prefix
+                )
     data = (bench.path / "slab-00000000").read_bytes()
     for prefix in range(4):
         places = [data.index(block_of(100 * prefix + n, 1, BLOCK).tobytes()) // BLOCK for n in range(20)]
@@ -315,7 +317,7 @@ async def test_what_the_call_can_know_is_wrong(bench: Bench) -> None:
         with pytest.raises(DescriptorError, match="key 0 has 1025 bytes"):
             await store.get([b"x" * (stores.MAX_KEY_BYTES + 1)], bench.region[0])
         with pytest.raises(DescriptorError, match="expected descriptors"):
-            await store.get([b"x"], bench.memory[0])  # type: ignore[arg-type]
+            await store.get([b"x"], bench.memory[0])
         frozen = np.zeros(BLOCK, np.uint8)
         frozen.setflags(write=False)
         async with bench.agent.register(frozen) as region:
@@ -543,7 +545,7 @@ async def test_an_interrupted_compaction_is_cleared_up(bench: Bench) -> None:
 
 @pytest.mark.parametrize("mode", ["w", "r"])
 async def test_no_damage_to_any_file_serves_a_wrong_block(bench: Bench, mode: stores.Mode) -> None:
-    """Bytes flipped, cut off, added or zeroed anywhere: opening ends with a store or a clear error; what is served is right."""
+    """Bytes flipped, cut, added, zeroed: opening ends with a store or a clear error, and what is served is right."""
     options = {"slab_bytes": 4 * BLOCK, "budget": 30 * BLOCK}
     async with bench.open(**options) as store:
         await bench.put(store, versions(*range(8)))
@@ -551,7 +553,8 @@ async def test_no_damage_to_any_file_serves_a_wrong_block(bench: Bench, mode: st
         await bench.put(store, versions(*range(4, 12), version=2))
         shutil.copytree(bench.path, bench.path.with_name("copy"))
     dice = random.Random(6)
-    opened = refused = 0
+    opened = 0
+    refused: list[XferError] = []
     for _ in range(60):
         shutil.rmtree(bench.path)
         shutil.copytree(bench.path.with_name("copy"), bench.path)
@@ -563,11 +566,11 @@ async def test_no_damage_to_any_file_serves_a_wrong_block(bench: Bench, mode: st
                     assert version in ((1, 2) if number >= 4 else (1,))
                 opened += 1
         except XferError as error:  # a reader finds a slab that has been cut when it reads it
-            assert str(bench.path) in str(error)
-            assert isinstance(error, StoreError) or mode == "r"
-            refused += 1
+            refused.append(error)
     assert opened > 20
-    assert refused > 0
+    assert refused != []
+    assert all(str(bench.path) in str(error) for error in refused)
+    assert mode == "r" or all(isinstance(error, StoreError) for error in refused)
 
 
 def damage(path: Path, dice: random.Random) -> None:
@@ -613,12 +616,15 @@ async def test_a_full_disk_loses_nothing_acknowledged(small_disk: Path, tmp_path
     async with bench_in(small_disk / "store") as bench:
         kept: dict[int, int] = {}
         async with bench.open(durability="data") as store:
-            with pytest.raises(StoreFullError, match="full") as caught:
+
+            async def fill() -> None:
                 for number in range(0, 4000, 16):
                     batch = versions(*range(number, number + 16))
                     await bench.put(store, batch)
-                    kept |= batch
-            assert str(small_disk) in str(caught.value)
+                    kept.update(batch)
+
+            with pytest.raises(StoreFullError, match=f"the disk under {bench.path} is full"):
+                await fill()
             assert len(kept) > 300
             for start in range(0, len(kept), 32):
                 numbers = list(kept)[start : start + 32]
@@ -639,9 +645,10 @@ async def test_a_disk_that_others_fill(small_disk: Path) -> None:
     async with bench_in(small_disk / "store") as bench:
         async with bench.open(budget=32 * BLOCK) as store:
             await bench.put(store, versions(*range(32)))
-            with (small_disk / "other").open("wb", buffering=0) as other, pytest.raises(OSError, match="No space"):
-                while True:
-                    other.write(bytes(65536))
+            with (small_disk / "other").open("wb", buffering=0) as other:
+                while other.write(bytes(4096)) == 4096:
+                    if os.statvfs(small_disk).f_bavail == 0:
+                        break
             for version in range(2, 50):  # blocks are given out again without room of their own
                 await bench.put(store, versions(*range(32), version=version))
             assert await bench.get(store, list(range(32))) == versions(*range(32), version=49)

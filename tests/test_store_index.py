@@ -306,7 +306,9 @@ def row_tables(draw: st.DrawFn) -> tuple[fast.Runs, int]:
 
 
 def stream(runs: fast.Runs, memory: list[bytes]) -> bytes:
-    return b"".join(memory[segment][offset : offset + length] for offset, length, segment in fast.to_rows(runs).tolist())
+    return b"".join(
+        memory[segment][offset : offset + length] for offset, length, segment in fast.to_rows(runs).tolist()
+    )
 
 
 @given(table=row_tables(), data=st.data())

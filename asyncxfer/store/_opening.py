@@ -50,26 +50,30 @@ class Options:
 
 
 def check(mode: object, durability: object, block_bytes: int | None, budget: int | None, slab_bytes: int) -> None:
-    for what, value, words in (("mode", mode, get_args(Mode)), ("durability", durability, _DURABILITIES)):
+    allowed: tuple[tuple[str, object, tuple[str, ...]], ...] = (
+        ("mode", mode, get_args(Mode)),
+        ("durability", durability, _DURABILITIES),
+    )
+    for what, value, words in allowed:
         if value not in words:
             raise ConfigError(f"{what} is {value!r}; expected one of {', '.join(map(repr, words))}")
     for what, number in (("block_bytes", block_bytes), ("budget", budget), ("slab_bytes", slab_bytes)):
-        if number is not None and not 0 < int(number) < 2**62:
+        if number is not None and not 0 < number < 2**62:
             raise ConfigError(f"{what} is {number}; expected at least one byte")
     if block_bytes is not None and budget is not None and budget < block_bytes:
         raise ConfigError(f"a budget of {budget:,} bytes has no room for a single block of {block_bytes:,}")
 
 
 def directory_of(url: str | os.PathLike[str]) -> Path:
-    text = os.fspath(url)
-    if isinstance(text, str) and "://" in text:
+    text = os.fsdecode(url)
+    if "://" in text:
         parts = urlsplit(text)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
             raise ConfigError(f"{text!r} is no directory of this host; expected a path or file:///path")
         text = unquote(parts.path)
     if not text or "\0" in text:
         raise ConfigError(f"{text!r} is no path")
-    return Path(os.fsdecode(text))
+    return Path(text)
 
 
 def absolute(options: Options) -> Options:

@@ -66,6 +66,8 @@ class Slabs:
             It cannot be opened.
         """
         opening = self._opening.get(number)
+        if opening is not None and opening.done() and not opening.cancelled() and opening.exception() is None:
+            return opening.result()
         if opening is None:
             opening = self._opening[number] = asyncio.ensure_future(self._open(number))
         try:
@@ -127,15 +129,18 @@ class Slabs:
         """
         size = self._identity.block_bytes
         slabs = blocks // self._identity.slab_blocks
-        cuts = np.flatnonzero(np.diff(slabs)) + 1
-        pieces = list(zip(np.split(which, cuts), np.split(blocks, cuts), strict=True))
-        regions = [await self.region(int(part[0]) // self._identity.slab_blocks) for _, part in pieces]
+        offsets = (blocks - slabs * self._identity.slab_blocks) * size
         call = self._agent.put if op == "put" else self._agent.get
+        if (slabs == slabs[0]).all():
+            region = await self.region(int(slabs[0]))
+            await call(chosen_rows(rows, which, size), region.descriptors(offsets, size))
+            return
+        cuts = np.flatnonzero(np.diff(slabs)) + 1
+        regions = [await self.region(number) for number in slabs[np.concatenate(([0], cuts))].tolist()]
         transfers = []
         try:
-            for region, (chosen, part) in zip(regions, pieces, strict=True):
-                offsets = part % self._identity.slab_blocks * size
-                transfers.append(call(chosen_rows(rows, chosen, size), region.descriptors(offsets, size)))
+            for region, chosen, part in zip(regions, np.split(which, cuts), np.split(offsets, cuts), strict=True):
+                transfers.append(call(chosen_rows(rows, chosen, size), region.descriptors(part, size)))
         finally:
             # All of them have ended before anybody may touch the blocks or the rows again.
             ended = await asyncio.gather(*transfers, return_exceptions=True)
