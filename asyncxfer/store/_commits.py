@@ -30,6 +30,7 @@ from ._slabs import Slabs
 __all__ = ["Commits"]
 
 _EXPORTED_AT_ONCE = 4096  # blocks: a fraction of a millisecond
+_TOLD_AT_ONCE = 1024
 _LEAST_RECORDS = 65536  # a shorter journal is not compacted
 
 
@@ -200,13 +201,13 @@ class Commits:
         else:
             for blocks in clears:
                 self._index.give(blocks)
-            if failure is None:
-                self._tell(sets, first + len(given_up) // RECORD_BYTES)
-            else:
+            if failure is not None:
                 self._fail(sets, failure)
                 holding.clear()
             self._sequence += (len(given_up) + len(holding)) // RECORD_BYTES
             self.records += (len(given_up) + len(holding)) // RECORD_BYTES
+            if failure is None:
+                await self._tell(sets, first + len(given_up) // RECORD_BYTES)
             for change in batch:
                 if not change.done.done():
                     change.done.set_result(None)
@@ -248,7 +249,7 @@ class Commits:
             raise
         return failure
 
-    def _tell(self, sets: list[_Change], sequence: int) -> None:
+    async def _tell(self, sets: list[_Change], sequence: int) -> None:
         for change in sets:
             assert change.keys is not None
             assert change.checksums is not None
@@ -258,6 +259,10 @@ class Commits:
                 change.keys, change.blocks, sequences, change.checksums, unchecked=change.unchecked, pin=change.pin
             )
             self._index.give(replaced)
+            if not change.done.done():
+                change.done.set_result(None)
+            if len(change.blocks) >= _TOLD_AT_ONCE:
+                await asyncio.sleep(0)  # each of them costs a part of a millisecond
 
     def _fail(self, batch: list[_Change], error: StoreError) -> None:
         for change in batch:
@@ -270,15 +275,11 @@ class Commits:
 
     def _consider_compacting(self) -> None:
         if self._compacting is None and self.records > max(_LEAST_RECORDS, 2 * self._index.count):
-            self._compacting = asyncio.ensure_future(self._compact_quietly())
+            self._start_compacting().add_done_callback(lambda task: task.exception())
 
-    async def _compact_quietly(self) -> None:
-        try:
-            await self._compact()
-        except (StoreError, OSError):
-            self.records = self._index.count  # there is no room for it now: not before as many changes again
-        finally:
-            self._compacting = None
+    def _start_compacting(self) -> asyncio.Task[None]:
+        self._compacting = asyncio.ensure_future(self._compact())
+        return self._compacting
 
     async def compact(self) -> None:
         """Write what is held to a new snapshot, and begin a new journal.
@@ -290,14 +291,18 @@ class Commits:
         """
         while self._compacting is not None:
             await asyncio.wait([self._compacting])
-        self._compacting = asyncio.ensure_future(self._compact())
+        await asyncio.shield(self._start_compacting())
+
+    async def _compact(self) -> None:
         try:
-            await asyncio.wait([self._compacting])
-            self._compacting.result()
+            await self._write_snapshot()
+        except (StoreError, OSError):
+            self.records = self._index.count  # there is no room for it: by itself not before as many changes again
+            raise
         finally:
             self._compacting = None
 
-    async def _compact(self) -> None:
+    async def _write_snapshot(self) -> None:
         self._rotating = asyncio.get_running_loop().create_future()
         if self._running is None:
             self._running = asyncio.ensure_future(self._run())

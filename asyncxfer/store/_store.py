@@ -176,7 +176,7 @@ class Store:
             await _to_the_end(loop.run_in_executor(pool, open_files, options, parts))
             store = cls(options, parts, agent)
             if parts.heal and store._commits is not None:
-                with contextlib.suppress(StoreFullError):
+                with contextlib.suppress(StoreError, OSError):  # the damage is passed over next time too
                     await store._commits.compact()
         except BaseException:
             parts.close()
