@@ -44,7 +44,7 @@ RULES = {
     ),
     "asyncxfer/connectors": Rule(frozenset({"asyncxfer"}), frozenset({"asyncxfer.connectors"})),
     "asyncxfer/testing": Rule(frozenset({"asyncxfer", "asyncxfer.abc"}), frozenset({"asyncxfer.testing"})),
-    "examples": Rule(frozenset({"asyncxfer"}), frozenset()),
+    "examples": Rule(frozenset({"asyncxfer"}), frozenset({"asyncxfer.store"})),
 }
 SUFFIXES = frozenset({".py", ".pyi", ".pyx", ".pxd", ".pxi"})
 CYTHON_FROM = re.compile(r"^[ \t]*from[ \t]+([\w.]+)[ \t]+c?import[ \t]+(\([^)]*\)|[^\n#]*)", re.MULTILINE)
