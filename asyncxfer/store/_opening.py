@@ -143,7 +143,10 @@ def _open_to_read(options: Options, parts: Parts) -> None:
 
 def _open_to_write(options: Options, parts: Parts) -> None:
     directory, report = options.directory, parts.report
-    directory.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
+        if options.durability != "none":
+            sync_directory(directory.parent)
     parts.lock_fd = _lock(directory)
     parts.identity = identity = _identity(options, report)
     loaded = load(directory, identity, report)

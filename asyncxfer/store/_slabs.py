@@ -18,6 +18,7 @@ from asyncxfer import Agent, DescriptorList, MemoryKind, Region
 from asyncxfer._fast.blockindex import Int64s
 from asyncxfer._fast.blockrows import pick
 
+from ._errors import StoreError
 from ._format import Identity, slab_name, sync_directory
 from ._journal import Durability, sync_file
 
@@ -62,8 +63,8 @@ class Slabs:
 
         Raises
         ------
-        RegistrationError
-            It cannot be opened.
+        StoreError, RegistrationError
+            It cannot be made, or opened.
         """
         opening = self._opening.get(number)
         if opening is not None and opening.done() and not opening.cancelled() and opening.exception() is None:
@@ -80,7 +81,10 @@ class Slabs:
     async def _open(self, number: int) -> Region:
         path = self._directory / slab_name(number)
         if self._writable:
-            await self._in_thread(self._make, number, path)
+            try:
+                await self._in_thread(self._make, number, path)
+            except OSError as error:
+                raise StoreError(f"{path} cannot be made: {error.strerror}") from error
         mode = "r+" if self._writable else "r"
         return await self._agent.open(path, mode, size=self._identity.slab_bytes, direct=self._direct)  # type: ignore[arg-type]
 
