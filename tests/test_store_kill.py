@@ -7,6 +7,7 @@ store is the same in all rounds of a test, so that each writer goes on with what
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import random
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,30 +38,39 @@ class History:
     def __init__(self) -> None:
         self.may_be: defaultdict[int, set[int]] = defaultdict(lambda: {GONE})
         self._begun: dict[int, int] = {}
+        self.begun_since_asked: defaultdict[int, set[int]] = defaultdict(set)
         self.acknowledged = 0
 
     def read(self, line: str) -> None:
         if line.startswith("+"):
             number, version = map(int, line[1:].split())
-            self.may_be[number].add(version)
-            self._begun[number] = version
+            self._begin(number, version)
         elif line.startswith("-"):
-            self.may_be[int(line[1:])].add(GONE)
-            self._begun[int(line[1:])] = GONE
+            self._begin(int(line[1:]), GONE)
         elif line.startswith("="):
             self.may_be[int(line[1:])] = {self._begun[int(line[1:])]}
             self.acknowledged += 1
+
+    def _begin(self, number: int, version: int) -> None:
+        self.may_be[number].add(version)
+        self.begun_since_asked[number].add(version)
+        self._begun[number] = version
 
     def found(self, number: int, version: int) -> None:
         """Settle what a key is, now that nobody writes."""
         self.may_be[number] = {version}
 
 
-def killed(path: Path, durability: str, seed: int, budget: int, delay: float) -> list[str]:
-    """Run a writer and kill it; what it said."""
+def writer(path: Path, durability: str, seed: int, budget: int, **pipes: Any) -> subprocess.Popen[bytes]:
+    """Start a writer."""
     command = [sys.executable, str(TESTS / "store_writer.py"), str(path), durability, str(seed), str(budget)]
     environment = {**os.environ, "PYTHONPATH": str(Path(asyncxfer.__file__).parent.parent)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def killed(path: Path, durability: str, seed: int, budget: int, delay: float) -> list[str]:
+    """Run a writer and kill it; what it said."""
+    with writer(path, durability, seed, budget, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         first = process.stdout.readline().decode()
@@ -140,6 +151,62 @@ def test_what_is_evicted_is_never_served_as_something_else(tmp_path: Path) -> No
         seen += sum(version != GONE for version in found.values())
         assert report.blocks * BLOCK <= budget
     assert seen > 0
+
+
+@pytest.mark.parametrize("share", [3, 2 / 3], ids=["room for all", "blocks given out again"])
+async def test_a_reader_beside_a_writer(share: float, tmp_path: Path, loop_name: str) -> None:
+    """In another process, while the writer works: what was acknowledged before a get is seen by it, and never half."""
+    path, said = tmp_path / "store", tmp_path / "said"
+    count = TASKS * KEYS
+    budget = int(count * share) * BLOCK
+    history = History()
+    with said.open("wb") as out, writer(path, "none", 1, budget, stdout=out) as process:
+        try:
+            served = await asyncio.wait_for(read_beside(path, said, history, evicts=share < 1), 60)
+        finally:
+            process.kill()
+    assert served > 200
+
+
+async def read_beside(path: Path, said: Path, history: History, *, evicts: bool) -> int:
+    """Get random keys until a good many were served; how many."""
+    dice = random.Random(5)
+    with said.open("rb") as lines:
+        while not lines.peek():  # noqa: ASYNC110 - a file tells nobody that it has grown
+            await asyncio.sleep(0.01)
+        tell(history, lines)
+        served = 0
+        async with (
+            Agent("reader") as agent,
+            agent.allocate((16, BLOCK), np.uint8) as region,
+            stores.open(path, agent=agent, mode="r") as store,
+        ):
+            while served < 200 + 4 * ROUNDS * 50:
+                numbers = dice.sample(range(TASKS * KEYS), 16)
+                tell(history, lines)
+                history.begun_since_asked.clear()
+                before = {number: set(history.may_be[number]) for number in numbers}
+                hits = await store.get([key_of(number) for number in numbers], region[:])
+                tell(history, lines)
+                for row, number in enumerate(numbers):
+                    version = version_of(number, region.array[row]) if hits[row] else GONE
+                    assert version is not None, f"a torn or foreign block was served for key {number}"
+                    allowed = before[number] | history.begun_since_asked[number] | ({GONE} if evicts else set())
+                    assert version in allowed, f"key {number} is {version}, which is none of {allowed}"
+                    served += bool(hits[row])
+                await asyncio.sleep(0)
+            assert store.stats()["damaged"] == 0
+        return served
+
+
+def tell(history: History, lines: io.BufferedReader) -> None:
+    """Have the history read what the writer has said since; a line that is not whole yet waits."""
+    at = lines.tell()
+    text = lines.read()
+    whole = text.rfind(b"\n") + 1
+    lines.seek(at + whole)
+    for line in text[:whole].decode().splitlines():
+        history.read(line)
 
 
 def test_a_whole_block_is_known_and_a_torn_one_too() -> None:
