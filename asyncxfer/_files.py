@@ -8,6 +8,7 @@ with a file; how rows get in and out is the business of backends. Every call her
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import operator
 import os
@@ -68,6 +69,7 @@ class File:
         self.durability = durability
         self.alignment = self.memory_alignment = 1
         self.new = new
+        self._identity = _identity(fd)
         self._lock = threading.Lock()  # a descriptor is not closed under a sync
 
     def sync(self) -> None:
@@ -94,14 +96,23 @@ class File:
         with self._lock:
             fds = [fd for fd in (self.direct_fd, self.fd) if fd >= 0]
             self.direct_fd = self.fd = -1
-        errors = [error for fd in fds if (error := _close(fd)) is not None]
+        errors = [error for fd in fds if (error := self._close(fd)) is not None]
         if errors:
             raise errors[-1]
+
+    def _close(self, fd: int) -> OSError | None:
+        try:
+            if _identity(fd) != self._identity:  # others closed it, and the number is theirs now
+                return OSError(errno.EBADF, os.strerror(errno.EBADF))
+            os.close(fd)
+        except OSError as error:
+            return error
+        return None
 
     def __del__(self) -> None:
         for fd in (self.direct_fd, self.fd):
             if fd >= 0:
-                _close(fd)
+                self._close(fd)
 
     def too_short(self, offset: int, expected: int, found: int) -> EOFError:
         """What a backend fails a transfer with when the file ends before the rows do.
@@ -118,18 +129,19 @@ class File:
             "the descriptors ask for"
         )
 
-    def failed(self, op: Literal["read", "write", "sync"], errno: int, *, offset: int = 0, nbytes: int = 0) -> OSError:
+    def failed(self, op: Literal["read", "write", "sync"], error: int, *, offset: int = 0, nbytes: int = 0) -> OSError:
         """What a backend fails a transfer with when the system refuses.
 
         Parameters
         ----------
         op : {"read", "write", "sync"}
-        errno : int
+        error : int
+            The number of it (errno).
         offset, nbytes : int, bytes
             The piece of the file that it was about.
         """
         what = "sync" if op == "sync" else f"{op} of {nbytes:,} bytes at offset {offset:,}"
-        return OSError(errno, f"{os.strerror(errno)} ({what})", self.path)
+        return OSError(error, f"{os.strerror(error)} ({what})", self.path)
 
     def __repr__(self) -> str:
         return f"<File {self.path!r}, {self.nbytes} bytes, {'read-only' if self.readonly else 'writable'}>"
@@ -228,7 +240,10 @@ def _wanted(path: str, size: int | None, dims: tuple[int, ...] | None, itemsize:
     if size is None:
         wanted = needed
     else:
-        wanted = operator.index(size)
+        try:
+            wanted = operator.index(size)
+        except TypeError as error:
+            raise RegistrationError(f"{path}: size {size!r} is no integer") from error
         if needed not in (None, wanted):
             raise RegistrationError(
                 f"{path}: size {wanted:,} was asked for, but the shape {dims} takes {needed:,} bytes"
@@ -327,9 +342,6 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def _close(fd: int) -> OSError | None:
-    try:
-        os.close(fd)
-    except OSError as error:
-        return error
-    return None
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino

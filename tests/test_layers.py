@@ -33,7 +33,9 @@ RULES = {
     # same-host backends share, and parts of one backend. Backends do not know each other.
     "asyncxfer/backends": Rule(
         frozenset({"asyncxfer.abc", "asyncxfer._errors", "asyncxfer._config"})
-        | {f"asyncxfer.backends.{part}" for part in ("_engine", "_ranges", "_ucx_library", "_alias")},
+        | {
+            f"asyncxfer.backends.{part}" for part in ("_engine", "_ranges", "_ucx_library", "_alias", "_kvikio_library")
+        },
         frozenset({"asyncxfer._fast"}),
     ),
     "asyncxfer/bench": Rule(frozenset({"asyncxfer"}), frozenset({"asyncxfer.bench"})),
