@@ -36,11 +36,12 @@ class Plan:
     descriptors : int
         Rows of the local list.
     backend : str
+        The one that carries it.
     """
 
     __slots__ = (
-        "_backend", "_flights", "_local", "_prepared", "_remote", "_request", "counter", "descriptors", "link",
-        "local", "nbytes", "op", "remote", "route",
+        "_backend", "_flights", "_local", "_prepared", "_remote", "_request", "backend", "counter", "descriptors",
+        "link", "local", "nbytes", "op", "remote", "route",
     )  # fmt: skip
 
     def __init__(
@@ -56,16 +57,12 @@ class Plan:
         self.link = request.link
         self._local = cast(Side, local.region)
         self._remote = cast(Side, remote.region)
+        self.backend: str = backend.name
         self._backend = backend
         self._request = request
         self._prepared = backend.prepare(request)
         self._flights = flights
         self.counter = flights.counter(peer, backend.name, request.op)
-
-    @property
-    def backend(self) -> str:
-        """The backend that carries it."""
-        return self._backend.name
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -158,7 +155,7 @@ class Plan:
         rows = int(pairs["count"].sum())
         request = replace(self._request, pairs=pairs, nbytes=local.nbytes, rows=rows)
         plan = Plan.__new__(Plan)
-        for name in ("op", "route", "link", "_local", "_remote", "_backend", "_flights", "counter"):
+        for name in ("op", "route", "link", "backend", "_local", "_remote", "_backend", "_flights", "counter"):
             setattr(plan, name, getattr(self, name))
         plan.local, plan.remote, plan.nbytes, plan.descriptors = local, remote, local.nbytes, len(local)
         plan._request, plan._prepared = request, self._backend.prepare(request)

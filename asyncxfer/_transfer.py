@@ -260,6 +260,10 @@ class Transfer(Completion):
         TransferError
             And its kinds: how it failed.
         """
+        took = self.swift(_PYTHON_NS)
+        if took >= 0:
+            plan = self.plan
+            return Done._make((plan.nbytes, took / 1e9, plan.backend, plan.descriptors))
         if self.done():
             if not (self._ended or self.inlined) and asyncio.get_running_loop() is self._flights.loop:
                 self.queue.drain()  # it was quicker than the loop: settle now, or those that have ended pile up

@@ -635,6 +635,7 @@ def test_wrong_bytes_are_shown_and_fail(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_tables_of_many_systems(capsys: pytest.CaptureFixture[str]) -> None:
     line = a_line()
+    assert isinstance(line.case, Case)
     _report.show(_report.network_table([line]))
     _report.show(_report.notify_table([_notify.Notified("NIXL", line.case, "tcp", [1e-6, 3e-6], "")]))
     out = capsys.readouterr().out

@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 
 from asyncxfer._fast.completion cimport FAILED, FAULT, OK, TIMED_OUT, op_finish, op_progress, op_t
 from asyncxfer._fast.filework cimport (
-    READING, SHORT, SYNCING, WRITING, axf_down, durability_t, filework_t, request_t,
+    READING, SHORT, SYNCING, WRITING, axf_down, axf_file_size, durability_t, filework_t, request_t,
 )
 from asyncxfer._fast.native cimport *
 
@@ -95,8 +95,28 @@ cdef bint flight_less(flight_t* f, uint32_t n) noexcept nogil:
     return n > 0 and axf_down(&f.left, <int>n) == 0
 
 
+cdef void check_length(flight_t* f) noexcept nogil:
+    """Fails a read of a file that has become shorter: where it was cut, the kernel fills up what it gives with zeros.
+
+    It says how long the file is before it does so.
+    """
+    cdef const filework_t* w = f.work
+    cdef const request_t* r
+    cdef uint64_t size = axf_file_size(w.file.fd)
+    cdef uint32_t i
+    if size >= w.end:
+        return
+    for i in range(w.nrequests):
+        r = &w.requests[i]
+        if size < r.offset + r.nbytes:
+            flight_trouble(f, i, size - r.offset if size > r.offset else 0, 0)
+            return
+
+
 cdef void flight_end(flight_t* f) noexcept nogil:
     """Nothing of it is under way: ends the transfer."""
     cdef op_t* op = f.op
+    if not f.work.write and axf_load(&op.stop) == OK:
+        check_length(f)
     flight_free(f)
     op_finish(op, axf_load(&op.stop), op.error)

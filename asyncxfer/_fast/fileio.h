@@ -7,6 +7,7 @@
 #endif
 #include <errno.h>
 #include <stdint.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -23,6 +24,12 @@ static inline int axf_down(int *p, int by) { return __atomic_sub_fetch(p, by, __
 static inline int axf_file_in_memory(int fd) {
     struct statfs s;
     return fstatfs(fd, &s) == 0 && ((uint32_t)s.f_type == 0x01021994u || (uint32_t)s.f_type == 0x858458f6u);
+}
+
+/* How long it is; UINT64_MAX where that does not change under a transfer, as with a device. */
+static inline uint64_t axf_file_size(int fd) {
+    struct stat s;
+    return fstat(fd, &s) == 0 && S_ISREG(s.st_mode) ? (uint64_t)s.st_size : UINT64_MAX;
 }
 
 /* What follows after the first `got` bytes; `out` has room for n. */

@@ -11,6 +11,7 @@ cdef extern from "fileio.h" nogil:
         size_t iov_len
     int axf_down(int* p, int by)
     int axf_file_in_memory(int fd)
+    uint64_t axf_file_size(int fd)
     uint32_t axf_iov_rest(const iovec* iov, uint32_t n, uint64_t got, iovec* out)
     long long axf_file_move(int fd, const iovec* iov, uint32_t n, uint64_t offset, int write, int nowait)
     int axf_file_sync(int fd, int whole)
@@ -64,6 +65,7 @@ cdef struct filework_t:
     uint32_t* order             # which number each piece has in the stream; NULL: its own
     uint32_t niov, nrequests, ncached
     uint64_t nbytes, rows
+    uint64_t end                # of what it needs of the file
     int write
     int ring                    # the ring waits for the device, where there is one
     int small                   # it may be tried on the caller's thread

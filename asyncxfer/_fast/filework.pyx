@@ -195,6 +195,7 @@ cdef class FileWork:
         for i in range(w.rows):
             row = rows[i]
             w.nbytes += row.length
+            w.end = max(w.end, row.offset + row.length)
             while row.length:
                 take = stretch(w.file, grain, &row, &direct)
                 if (request == NULL or request.direct != direct or request.offset + request.nbytes != row.offset

@@ -29,6 +29,9 @@ __all__ = ["add_arguments", "main"]
 
 _Item = TypeVar("_Item")
 
+_UCX_OPTIONS = ("transports", "ucx_progress", "ucx_workers")
+_BLOCK = 4096
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``asyncxfer bench`` to `parser`."""
@@ -51,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     threads = _list_of(_one_of("on", "off", "spin"))
     add("--nixl-progress-thread", type=threads, default=["on"], metavar="on,off,spin", help=thread)
     over = "what systems may use: whatever is fastest on one host (default); TCP, beside a plain socket and iperf3; or "
-    add("--over", choices=["host", "tcp", "ucx"], help=over + "UCX, beside ucx_perftest")
+    add("--over", choices=["host", "tcp", "ucx", "file"], help=over + "UCX, beside ucx_perftest; or a file")
+    ways = _list_of(_one_of("cached", "direct"))
+    add(
+        "--way", type=ways, metavar="cached,direct", help="over a file: through the page cache, past it (default: both)"
+    )
+    add("--folder", metavar="PATH", help="over a file: where it is made (default: the current folder)")
+    add("--backend", metavar="NAME", help="over a file: which of our backends moves (default: the one that is chosen)")
     transports = f"over UCX: which of its transports everybody may use, as UCX_TLS (default {_ucx.DEFAULT_TRANSPORTS})"
     add("--transports", metavar="UCX_TLS", help=transports)
     driven = "over UCX: who drives it in ours; with several, each runs, and ratios are of the first (default loop)"
@@ -86,8 +95,12 @@ def main(arguments: argparse.Namespace) -> int:
 
     try:
         with contextlib.ExitStack() as stack:
-            options = _options(arguments, stack)
-            mode, results, table = asyncio.run(_run(arguments, options))
+            if arguments.over == "file":
+                mode, results, table, told = _run_over_file(arguments)
+            else:
+                options = _options(arguments, stack)
+                mode, results, table = asyncio.run(_run(arguments, options))
+                told = _told(arguments, options)
     except BenchError as error:
         print(f"asyncxfer bench: {error}", file=sys.stderr)
         return 1
@@ -97,14 +110,38 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         head = {"mode": mode, "seed": arguments.seed, "machine": _report.machine()}
         head |= {"versions": _versions(arguments), "uvloop": arguments.uvloop}
-        head |= {"rounds": arguments.rounds, "nixl_progress_thread": arguments.nixl_progress_thread}
-        head |= {"over": arguments.over or "host", "link": options.place.link}
-        head |= {"tls": arguments.tls, "checksum": arguments.checksum}
-        head |= {"ucx": dataclasses.asdict(options.ucx) if options.over == "ucx" else None}
+        head |= {"rounds": arguments.rounds, "over": arguments.over or "host", **told}
         print(json.dumps(head | {"results": plain}, indent=2))
     else:
         _report.show(table(results))
     return 0 if all(_verified(result) for result in plain) else 1
+
+
+def _told(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """What was asked for, as JSON says it, but for a file."""
+    told = {"nixl_progress_thread": arguments.nixl_progress_thread, "link": options.place.link}
+    told |= {"tls": arguments.tls, "checksum": arguments.checksum}
+    return told | {"ucx": dataclasses.asdict(options.ucx) if options.over == "ucx" else None}
+
+
+def _run_over_file(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], Callable[..., Any], dict[str, Any]]:
+    from . import _file, _report
+    from ._file_cases import FILE_SHAPES
+
+    options = _file.FileOptions(
+        shapes=arguments.shapes or FILE_SHAPES,
+        ways=arguments.way or ("cached", "direct"),
+        ops=arguments.op,
+        rounds=arguments.rounds,
+        warmup=arguments.warmup,
+        seed=arguments.seed,
+        uvloop=arguments.uvloop,
+        nixl=arguments.peer == "nixl",
+        folder=arguments.folder,
+        backend=arguments.backend,
+    )
+    lines = asyncio.run(_file.compare_files(options, _progress))
+    return "compare", lines, _report.file_table, {"folder": options.folder, "backend": options.backend}
 
 
 def _options(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Options:
@@ -197,6 +234,11 @@ def _senseless(arguments: argparse.Namespace) -> str:
         for option, given in (("--link veth", arguments.link == "veth"), ("--tls", arguments.tls)):
             if given:
                 return f"{option} is for --over tcp"
+    if arguments.over == "file":
+        return _senseless_over_file(arguments)
+    for option in ("way", "folder", "backend"):
+        if getattr(arguments, option) is not None:
+            return f"--{option} is for --over file"
     if arguments.over == "ucx" and arguments.checksum:
         return "--checksum is not for --over ucx, whose backend computes none"
     if arguments.over != "ucx":
@@ -208,9 +250,23 @@ def _senseless(arguments: argparse.Namespace) -> str:
     return ""
 
 
+def _senseless_over_file(arguments: argparse.Namespace) -> str:
+    for option in ("notify", "post", "idle", "stall", "in_flight", "memory", "checksum", *_UCX_OPTIONS):
+        if getattr(arguments, option):
+            return f"--{option.replace('_', '-')} is not for --over file"
+    if "unprepared" in arguments.lists:
+        return "--lists unprepared is not for --over file"
+    if "direct" in (arguments.way or ["direct"]):
+        for shape in arguments.shapes or []:
+            if shape.length % _BLOCK:
+                return (
+                    f"direct transfers take rows of whole blocks of {_BLOCK} bytes, not {shape}; or take --way cached"
+                )
+    return ""
+
+
 def _ucx_options(arguments: argparse.Namespace) -> dict[str, object]:
-    options = {"--transports": arguments.transports, "--ucx-progress": arguments.ucx_progress}
-    return {**options, "--ucx-workers": arguments.ucx_workers}
+    return {f"--{option.replace('_', '-')}": getattr(arguments, option) for option in _UCX_OPTIONS}
 
 
 def _missing(arguments: argparse.Namespace) -> str:

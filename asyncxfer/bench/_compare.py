@@ -23,6 +23,7 @@ from ._ucx import Ucx
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from ._file_cases import FileCase
     from ._nixl import Thread
     from ._side import Message
     from ._ucx import Progress
@@ -127,7 +128,7 @@ class Rival(Protocol):
 class Measured:
     """One system on one case: its rounds, and what was wrong with the bytes, if anything."""
 
-    case: Case
+    case: Case | FileCase
     samples: Sequence[Sample]
     problem: str
 
@@ -159,7 +160,7 @@ class Measured:
 class Line:
     """One case: ours, the others that ran, by name, and how late our loop was (percentiles in seconds)."""
 
-    case: Case
+    case: Case | FileCase
     ours: Measured
     rivals: Mapping[str, Measured]
     lateness: dict[str, float]

@@ -18,6 +18,7 @@ import traceback
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._file_side import FileSide
     from ._side import Message, Side
 
 __all__ = ["MAX_LINE"]
@@ -28,8 +29,10 @@ MAX_LINE = 1 << 20
 _PR_SET_PDEATHSIG = 1
 
 
-def _side(options: Message) -> Side:
+def _side(options: Message) -> Side | FileSide:
     """The side that this process is; imported here so that neither system sees the other's."""
+    if options["over"] == "file":
+        return _file_side(options)
     if options["system"] == "nixl":
         from ._nixl import NixlSide
 
@@ -45,6 +48,20 @@ def _side(options: Message) -> Side:
     from ._ours import OurSide
 
     return OurSide(options)
+
+
+def _file_side(options: Message) -> FileSide:
+    if options["system"] == "nixl":
+        from ._file_nixl import NixlFileSide
+
+        return NixlFileSide(options["queue"])
+    if options["system"] == "kvikio":
+        from ._file_kvikio import KvikioFileSide
+
+        return KvikioFileSide()
+    from ._file_ours import OurFileSide
+
+    return OurFileSide(options["backend"])
 
 
 async def _serve(options: Message, answers: IO[str]) -> None:
