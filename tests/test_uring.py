@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from asyncxfer import Agent, NoRouteError, Region, TransferError, TransferTimeout
+from asyncxfer import Agent, Config, NoRouteError, Region, TransferError, TransferTimeout
 from asyncxfer._fast import fileio, uring
 from asyncxfer._fast.descriptors import from_arrays, pair
 from asyncxfer._fast.filework import FileWork, OpenFile
+from asyncxfer.abc import File
+from asyncxfer.backends.uring import UringBackend
 from asyncxfer.testing import FileContract
 
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "10"))
@@ -173,6 +175,26 @@ async def test_any_rows_arrive(via: str, tmp_path: Path) -> None:
 
 
 @both_ways
+async def test_an_alignment_that_is_not_enough(via: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    data = np.random.default_rng(2).integers(0, 256, NBYTES, np.uint8)
+    memory = aligned(NBYTES)
+    backend = UringBackend(Config())
+    async with Agent("a", backends=[backend]) as agent, agent.open(path, "w", size=NBYTES, direct=True) as file:
+        owner = file.memory.owner
+        assert isinstance(owner, File)
+        owner.alignment = owner.memory_alignment = 1  # as where a file system does not say
+        file.registrations["uring"] = backend.register(file.memory)
+        memory[...] = data
+        async with agent.register(memory) as region:
+            odd = [(at, 10_000) for at in range(5, NBYTES - 10_000, 10_000)]
+            await agent.put(region.rows(odd), file.rows(odd), backend=f"uring:{via}")
+            memory[...] = 0
+            await agent.get(region.rows(odd[::-1]), file.rows(odd[::-1]), backend=f"uring:{via}")
+        assert np.array_equal(memory[5 : odd[-1][0]], data[5 : odd[-1][0]])
+
+
+@both_ways
 async def test_many_small_writes_at_once(via: str, tmp_path: Path) -> None:
     data = np.random.default_rng(3).integers(0, 256, (2000, 1000), np.uint8)
     async with (
@@ -217,7 +239,7 @@ async def test_a_small_read_from_the_page_cache_ends_in_the_call(cached: tuple[P
     memory = np.zeros(16_384, np.uint8)
     async with Agent("a") as agent, agent.open(path) as file, agent.register(memory) as region:
         transfer = agent.get(region[:], file[16_384:32_768])
-        assert transfer.done()
+        assert transfer.inlined
         await transfer
         assert memory.tobytes() == data[16_384:32_768]
 
@@ -228,7 +250,7 @@ async def test_what_is_not_in_the_page_cache_is_not_waited_for(cached: tuple[Pat
     async with Agent("a") as agent, agent.open(path) as file, agent.register(memory) as region:
         forget(path)
         transfer = agent.get(region[:], file[500_000:516_384])
-        assert not transfer.done()
+        assert not transfer.inlined
         await transfer
         assert memory.tobytes() == data[500_000:516_384]
 
@@ -393,7 +415,7 @@ def forbid():
 WITHOUT = """
 import asyncio, sys
 import numpy as np
-from asyncxfer import Agent, NoRouteError
+from asyncxfer import Agent, Config, NoRouteError
 from asyncxfer.backends.uring import UringBackend
 from asyncxfer import Config
 

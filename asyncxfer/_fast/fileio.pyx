@@ -8,7 +8,7 @@ everything by calls that block. A thread takes one request at a time and sends t
 Through the page cache one thread at a time writes to a file: the file system would make the others wait in turns.
 """
 
-from libc.errno cimport EAGAIN, EFAULT, EIO, EOPNOTSUPP
+from libc.errno cimport EAGAIN, EINVAL, EIO, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 from libc.string cimport memset
@@ -23,7 +23,7 @@ from asyncxfer._fast.native cimport *
 from asyncxfer._fast.pthread cimport *
 from asyncxfer._fast.uring cimport ring_on_stop, ring_push, ring_start
 
-from asyncxfer._fast import uring
+from asyncxfer._fast import engine, uring
 
 cdef enum:
     MAX_THREADS = 64
@@ -154,13 +154,14 @@ cdef bint perform(flight_t* f, uint32_t index) noexcept nogil:
                 break
             n = axf_iov_rest(&w.iov[r.iov], r.n, got, rest)
             iov = rest
-            if r.direct:
-                fd = file.fd                # the rest may begin anywhere
+            fd = file.fd                    # what follows a part of a request may begin anywhere
         elif refuse and (rc == -EAGAIN or rc == -EOPNOTSUPP):
             if rc == -EOPNOTSUPP:
                 axf_store(&file.can_refuse, 0)
             leave(f, index, got)
             return False
+        elif rc == -EINVAL and fd != file.fd:
+            fd = file.fd                    # the file system wants another alignment than it says
         else:
             flight_trouble(f, index, got, EIO if rc == 0 and w.write else <int>-rc)
             break
@@ -245,6 +246,7 @@ cdef void* worker(void* arg) noexcept nogil:
 def acquire(int readers, int blockers) -> None:
     """Take part, with at least so many threads that read, and that do all there is to do. They start with the work."""
     global users
+    engine.guard()
     users += 1
     want(READERS, readers)
     want(WRITERS, 4)            # files that are written to at a time

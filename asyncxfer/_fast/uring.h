@@ -168,4 +168,15 @@ static inline int axf_ring_reap(axf_ring *r, axf_cqe *out) {
     return 1;
 }
 
+/* Memory in pieces that are as large as can be had; it takes none before it is used. 0 where there is none. */
+static inline char *axf_stages(size_t nbytes) {
+    void *p = mmap(0, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return 0;
+    madvise(p, nbytes, MADV_HUGEPAGE);
+    madvise(p, nbytes, MADV_DONTFORK);
+    return p;
+}
+
+static inline void axf_stages_free(char *stages, size_t nbytes) { munmap(stages, nbytes); }
+
 #endif

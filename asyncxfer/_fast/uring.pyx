@@ -6,19 +6,26 @@ have had to wait for; and transfers whose bytes are to reach the device before t
 under way as its window holds, in turns between transfers. A transfer that is to end early has its requests cancelled,
 and ends when each has been answered: the kernel then touches its memory no more.
 
+Many small pieces of memory cost a device, or what plays one for a virtual machine, more than a large one. So what is read
+past the page cache into small pieces goes to a stage, which is one piece, and is copied from there.
+
+Devices that are reached through a hypervisor take many small pieces of memory much more slowly than one large piece. So
+what is read past the page cache into small pieces is read into one of our own, and copied from there.
+
 The ring belongs to the process and to its thread alone; others leave work on a stack, and wake it by an eventfd.
 """
 
 import errno as _errno
 import os
 
-from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EINVAL, EIO, ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.unistd cimport close, write
 
 from asyncxfer._fast.completion cimport OK, op_t
+from asyncxfer._fast.engine cimport guarded
 from asyncxfer._fast.fileflight cimport *
 from asyncxfer._fast.filework cimport SYNC_DATA, axf_iov_rest, filework_t, iovec, request_t
 from asyncxfer._fast.native cimport *
@@ -48,6 +55,8 @@ cdef extern from "uring.h" nogil:
     axf_sqe* axf_ring_next(axf_ring* r)
     int axf_ring_enter(axf_ring* r, uint32_t least, int64_t nanoseconds)
     int axf_ring_reap(axf_ring* r, axf_cqe* out)
+    char* axf_stages(size_t nbytes)
+    void axf_stages_free(char* stages, size_t nbytes)
     enum:
         AXF_OP_READV, AXF_OP_WRITEV, AXF_OP_FSYNC, AXF_OP_CANCEL, AXF_OP_READ, AXF_OP_WRITE
         AXF_SQE_ASYNC, AXF_FSYNC_DATA
@@ -57,6 +66,10 @@ cdef enum:
     ENTRIES = 256
     MOST_CALLS = 256            # under way
     MOST_TRIES = 64
+    STAGES = 32
+    STAGE_BYTES = 1 << 20
+    MANY_PIECES = 8             # from here on a stage is used, where they are
+    SMALL_PIECE = 65536         # smaller than this
     CANCELLED_ = 0              # `user_data` of what is no call: the answer to a cancellation
     WOKEN = 1
 
@@ -70,8 +83,10 @@ cdef struct slot_t:
     flight_t* flight            # NULL: free
     uint32_t request            # SYNC: the whole flight is brought to the device
     uint32_t got
+    char* stage                 # where its bytes go first; NULL: to their place
     iovec* rest                 # what follows what has come; NULL: all of the request
     int patient                 # how often the kernel has said "not now": it is not to try it at once again
+    int plain                   # through the page cache, whatever it was to be
     int cancelled
 
 
@@ -95,6 +110,9 @@ cdef struct state_t:
     slot_t* again
     uint32_t asked
     uint64_t asked_bytes
+    char* stages                # all of them
+    char* free_stages[STAGES]
+    int nfree
     flights_t flights[PRIORITIES]       # what they have past the page cache has not all begun
     calls_t calls[PRIORITIES]           # single requests, and ends
     int64_t due                         # no transfer is out of time before; 0 never
@@ -156,6 +174,14 @@ cdef flight_t* next_flight(int rank) noexcept nogil:
     return f
 
 
+cdef void put_back(flight_t* f) noexcept nogil:
+    cdef flights_t* queue = &state.flights[f.rank]
+    f.ring_next = queue.first
+    queue.first = f
+    if queue.last == NULL:
+        queue.last = f
+
+
 cdef void queue_call(call_t* call) noexcept nogil:
     cdef calls_t* queue = &state.calls[call.flight.rank]
     call.next = NULL
@@ -197,6 +223,51 @@ cdef void arrive() noexcept nogil:
             queue_call(call)
 
 
+# ---- stages ------------------------------------------------------------------------------------------------------------
+
+cdef struct copy_t:
+    const iovec* iov
+    const char* source
+    uint64_t left
+
+
+cdef void copy_out(void* argument) noexcept nogil:
+    cdef copy_t* c = <copy_t*>argument
+    cdef uint64_t n
+    while c.left:
+        n = min(c.left, <uint64_t>c.iov.iov_len)
+        memcpy(c.iov.iov_base, c.source, n)
+        c.source += n
+        c.left -= n
+        c.iov += 1
+
+
+cdef bint better_staged(const filework_t* w, uint32_t request) noexcept nogil:
+    cdef const request_t* r = &w.requests[request]
+    return (r.direct and not w.write and r.n >= MANY_PIECES and r.nbytes <= STAGE_BYTES
+            and r.nbytes // r.n < SMALL_PIECE and state.stages != NULL)
+
+
+cdef void make_stages() noexcept nogil:
+    cdef int i
+    state.stages = axf_stages(STAGES * STAGE_BYTES)
+    if state.stages != NULL:
+        for i in range(STAGES):
+            state.free_stages[i] = state.stages + i * STAGE_BYTES
+        state.nfree = STAGES
+
+
+cdef int leave_stage(slot_t* slot, uint64_t nbytes) noexcept nogil:
+    """Brings what has come to its place, and frees the stage: 0, or EFAULT."""
+    cdef copy_t c
+    cdef const filework_t* w = slot.flight.work
+    c.iov, c.source, c.left = &w.iov[w.requests[slot.request].iov], slot.stage, nbytes
+    state.free_stages[state.nfree] = slot.stage
+    state.nfree += 1
+    slot.stage = NULL
+    return guarded(copy_out, &c) if nbytes else 0
+
+
 # ---- requests ----------------------------------------------------------------------------------------------------------
 
 cdef void over(flight_t* f) noexcept nogil:
@@ -227,12 +298,16 @@ cdef bint ask(slot_t* slot) noexcept nogil:
         sqe.op_flags = AXF_FSYNC_DATA if w.file.sync == SYNC_DATA else 0
         return True
     r = &w.requests[slot.request]
+    if slot.stage != NULL:
+        sqe.opcode, sqe.fd, sqe.off = AXF_OP_READ, w.file.direct, r.offset
+        sqe.addr, sqe.len = <uint64_t>slot.stage, r.nbytes
+        sqe.flags = AXF_SQE_ASYNC if slot.patient else 0
+        return True
     iov, n = &w.iov[r.iov], r.n
     if slot.rest != NULL:
         n = axf_iov_rest(iov, n, slot.got, slot.rest)
         iov = slot.rest
-    # What follows a part of a request may begin anywhere.
-    sqe.fd = w.file.direct if r.direct and slot.got == 0 else w.file.fd
+    sqe.fd = w.file.direct if r.direct and not slot.plain else w.file.fd
     sqe.off = r.offset + slot.got
     if n == 1:
         sqe.opcode = AXF_OP_WRITE if w.write else AXF_OP_READ
@@ -255,12 +330,15 @@ cdef void begin(flight_t* f, uint32_t request, uint32_t got) noexcept nogil:
     cdef slot_t* slot = state.idle
     state.idle = slot.next
     slot.flight, slot.request, slot.got = f, request, got
-    slot.patient = slot.cancelled = 0
+    slot.patient = slot.cancelled = slot.plain = 0
     state.asked += 1
     if request != SYNC:
         state.asked_bytes += f.work.requests[request].nbytes
         if got and not remember(slot):
             return
+        if got == 0 and state.nfree and better_staged(f.work, request):
+            state.nfree -= 1
+            slot.stage = state.free_stages[state.nfree]
     again(slot)
 
 
@@ -280,6 +358,8 @@ cdef void finish(slot_t* slot) noexcept nogil:
     """Its request has ended, however."""
     cdef flight_t* f = slot.flight
     cdef uint32_t request = slot.request
+    if slot.stage != NULL:
+        leave_stage(slot, 0)
     free(slot.rest)
     slot.rest, slot.flight = NULL, NULL
     slot.next = state.idle
@@ -305,10 +385,19 @@ cdef void answered(slot_t* slot, int32_t res) noexcept nogil:
         finish(slot)
         return
     r = &f.work.requests[slot.request]
+    if res == -EINVAL and r.direct and not slot.plain and flight_status(f) == OK:
+        slot.plain = 1                  # the file system wants another alignment than it says
+        if slot.stage != NULL:
+            leave_stage(slot, 0)
+        again(slot)
+        return
     if res <= 0:
         flight_trouble(f, slot.request, slot.got, EIO if res == 0 and f.work.write else -res)
+    elif slot.stage != NULL and leave_stage(slot, min(<uint32_t>res, r.nbytes)):
+        flight_trouble(f, slot.request, 0, EFAULT)
     else:
         slot.got += <uint32_t>res
+        slot.plain = 1                  # what follows a part of a request may begin anywhere
         if slot.got >= r.nbytes:
             flight_moved(f, slot.request, r.nbytes)
         elif flight_status(f) == OK:
@@ -340,6 +429,9 @@ cdef bint choose() noexcept nogil:
         f = next_flight(p)
         if f != NULL:
             if flight_status(f) == OK:
+                if state.nfree == 0 and better_staged(f.work, f.ring_at):
+                    put_back(f)
+                    return False
                 if f.ring_at + 1 < f.work.nrequests:
                     queue_flight(f)
                 f.ring_at += 1
@@ -452,6 +544,7 @@ cdef void* run(void* arg) noexcept nogil:
     cdef uint32_t least
     axf_be_patient()            # event loops go first
     axf_ring_enable(&state.ring)
+    make_stages()
     while True:
         axf_store(&state.awake, 1)
         arrive()
@@ -541,6 +634,8 @@ def release() -> None:
 
 cdef void forget() noexcept nogil:
     axf_ring_close(&state.ring)
+    if state.stages != NULL:
+        axf_stages_free(state.stages, STAGES * STAGE_BYTES)
     close(state.wake)
     memset(&state, 0, sizeof(state))
     state.ring.fd = state.wake = -1
@@ -551,5 +646,6 @@ def after_fork() -> None:
     if state.running:
         state.ring.rings = NULL     # the child has no such memory
         state.ring.sqes = NULL
+        state.stages = NULL
         forget()
     pthread_mutex_init(&start_lock, NULL)

@@ -5,6 +5,7 @@ How bytes get in and out is native code's business (see `_fast.fileio`); which m
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -69,18 +70,18 @@ class UringBackend(Backend):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._refusal = uring.refusal()
+        self._refusal = _refusal()
         fileio.acquire(_default_threads(), _BLOCKERS)
 
     @classmethod
     def examine(cls, config: Config) -> str:
         """Say by what it moves bytes here; it always can."""
-        return "by io_uring and threads" if uring.refusal() is None else "by threads that block"
+        return "by io_uring and threads" if _refusal() is None else "by threads that block"
 
     @classmethod
     def details(cls, config: Config) -> Iterable[tuple[str, bool, str]]:
         """Say whether there is io_uring, or why not."""
-        refusal = uring.refusal()
+        refusal = _refusal()
         return (("io_uring", refusal is None, refusal or "what has to wait for a device goes through one ring"),)
 
     def register(self, memory: Memory) -> Registration:
@@ -148,6 +149,12 @@ class UringBackend(Backend):
     async def aclose(self) -> None:
         """End the threads, if no other agent uses them."""
         fileio.release()
+
+
+@functools.cache
+def _refusal() -> str | None:
+    """Why there can be no ring in this process; asked once, in a thread, since it may take a while."""
+    return uring.refusal()
 
 
 def _default_threads() -> int:
