@@ -25,7 +25,11 @@ from store_writer import block_of, key_of, version_of
 import asyncxfer
 from asyncxfer import AccessError, Agent, ClosedError, ConfigError, DescriptorError, Region, XferError
 from asyncxfer import store as stores
+from asyncxfer._fast.blockindex import OPENED, BlockIndex, note, pack
+from asyncxfer._fast.crc32c import crc32c
 from asyncxfer.store import Store, StoreError, StoreFormatError, StoreFullError, StoreLockedError
+from asyncxfer.store._format import JOURNAL, salt_of, write_head
+from asyncxfer.store._recovery import Opened, read_identity
 
 BLOCK = 4096
 COUNT = 64  # blocks of memory
@@ -514,6 +518,31 @@ async def test_a_torn_journal_loses_only_what_was_torn(bench: Bench) -> None:
             await bench.put(store, versions(3))
         async with bench.open(path=torn) as store:
             assert (store.report.blocks, store.report.healed) == (kept + 1, False)
+
+
+@pytest.mark.parametrize(("durability", "dropped"), [(0, 1), (1, 0), (2, 0)])
+async def test_what_nobody_can_check_does_not_outlive_a_power_loss(bench: Bench, durability: int, dropped: int) -> None:
+    """A block from device memory has no checksum; where it was not synced and the machine went down, it goes."""
+    async with bench.open() as store:
+        await bench.put(store, versions(1, 2))
+        copy = bench.path.with_name("copy")
+        shutil.copytree(bench.path, copy)
+    identity = await asyncio.to_thread(read_identity, copy)
+    assert identity is not None
+    salt, index, zero = salt_of(JOURNAL, identity, 1), BlockIndex(10), np.zeros(1, np.uint32)
+    data = (copy / "slab-00000000").read_bytes()
+    places = [np.array([data.index(block_of(number, 1, BLOCK).tobytes()) // BLOCK]) for number in (1, 2)]
+    known = np.array([crc32c(block_of(1, 1, BLOCK).tobytes())], np.uint32)
+    records = note(OPENED, 1, salt, Opened(b"another start of", 0, durability).encode())
+    records += index.records_of_sets(pack([key_of(1)]), places[0], known, 2, salt)
+    records += index.records_of_sets(pack([key_of(2)]), places[1], zero, 3, salt, unchecked=True)
+    (copy / "journal-0000000000000001").write_bytes(write_head(JOURNAL, identity, 1) + records)
+    async with bench.open(path=copy) as store:
+        assert store.report.unverifiable_blocks == dropped
+        assert await bench.get(store, [1, 2]) == versions(*(1, 2)[: 2 - dropped])
+    async with bench.open(path=copy) as store:
+        assert store.report.unverifiable_blocks == 0
+        assert await bench.get(store, [1, 2]) == versions(*(1, 2)[: 2 - dropped])
 
 
 def journal_bytes(path: Path) -> bytes:
