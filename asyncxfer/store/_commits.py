@@ -274,7 +274,7 @@ class Commits:
     # -- compaction
 
     def _consider_compacting(self) -> None:
-        if self._compacting is None and self.records > max(_LEAST_RECORDS, 2 * self._index.count):
+        if self._compacting is None and self.records > max(_LEAST_RECORDS, self._index.count):
             self._start_compacting().add_done_callback(lambda task: task.exception())
 
     def _start_compacting(self) -> asyncio.Task[None]:
