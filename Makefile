@@ -4,11 +4,13 @@
 # VENV     where the environment lives                         (make test VENV=.venv-3.13)
 # ARGS     passed on to what runs                              (make test ARGS="-k shm -x")
 # LIBUCX   the version that `make test-ucx` tests with
+# KVIKIO   the version that is tested
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 LIBUCX ?= 1.22.0
+KVIKIO ?= 26.10.*
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -19,7 +21,7 @@ PROJECT := pyproject.toml setup.py
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ucx lint format bench docs build sdist-proof clean
+.PHONY: help demo test test-ucx test-kvikio lint format bench docs build sdist-proof clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +29,7 @@ help:  ## list the targets
 demo: $(STAMPS)/native  ## move a paged KV cache from a prefill process to a decode process, verified
 	$(PY) examples/kv_handoff.py $(ARGS)
 
-test: $(STAMPS)/test $(STAMPS)/native  ## the whole suite, with coverage of the Python
+test: $(STAMPS)/test $(STAMPS)/kvikio $(STAMPS)/native  ## the whole suite, with coverage of the Python
 	$(PY) -m pytest --cov --cov-report=term $(ARGS)
 
 test-ucx: $(STAMPS)/test $(STAMPS)/native  ## every combination over UCX, with another version of it: make test-ucx LIBUCX=1.22.0
@@ -35,6 +37,9 @@ test-ucx: $(STAMPS)/test $(STAMPS)/native  ## every combination over UCX, with a
 	UCX_MATRIX=1 UCX_OTHER_BUILD=$(abspath $(VENV))/libucx-$(LIBUCX)/libucx ASYNCXFER_UCX_LIBRARY=$(abspath $(VENV))/libucx-$(LIBUCX)/libucx \
 	    $(PY) -m pytest tests/test_contract.py tests/test_ucx*.py tests/test_ucp.py tests/security/test_ucx.py \
 	    -k "ucx or Ucx or ucp" $(ARGS)
+
+test-kvikio: $(STAMPS)/test $(STAMPS)/kvikio $(STAMPS)/native  ## every combination by KvikIO; for real where there is a GPU
+	KVIKIO_MATRIX=1 $(PY) -m pytest tests/test_kvikio.py tests/gpu/test_gpu_kvikio.py $(ARGS)
 
 lint: $(STAMPS)/lint $(STAMPS)/native  ## ruff, mypy --strict, stubtest, layers, change log
 	$(BIN)/ruff check .
@@ -91,6 +96,11 @@ $(STAMPS)/native: $(STAMPS)/core $(NATIVE)
 # asyncxfer itself is there already, so this adds what the extra asks for and compiles nothing.
 $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/core
 	$(PIP) "asyncxfer[$*]"
+	@touch $@
+
+# KvikIO asks for CuPy and CUDA, 2.8 GB; without a GPU these 16 MB are enough.
+$(STAMPS)/kvikio: $(STAMPS)/test
+	$(PIP) --no-deps "kvikio-cu12==$(KVIKIO)" "libkvikio-cu12==$(KVIKIO)" nvidia-cufile-cu12 rapids-logger cuda-pathfinder
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/venv

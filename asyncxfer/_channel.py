@@ -94,6 +94,9 @@ class Channel:
     ----------
     heard : float, seconds
         When something was received last, by the loop's clock.
+    pulse : callable or None
+        Shows the other side, in memory that both see, that this one is alive; gives a number that grows as long as
+        the other is. None: there is no such memory.
     where : str
         What is at the other end, for messages.
     offended : bool
@@ -113,6 +116,8 @@ class Channel:
         self.pidfd = _open_pidfd(sock, self.credentials.pid)
         self._loop = asyncio.get_running_loop()
         self.heard = self._loop.time()
+        self.pulse: Callable[[], int] | None = None
+        self._felt = 0
         self._on_frame = on_frame
         self._on_end = on_end
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
@@ -206,6 +211,13 @@ class Channel:
             if len(self._unsent) == 1 and not self._ended:
                 self._loop.add_writer(self.sock, self._writable)
 
+    def feel(self) -> None:
+        """Look whether the other side is alive, and show it that this one is, where that takes no frame."""
+        if self.pulse is not None and not self._ended:
+            felt = self.pulse()
+            if felt != self._felt:
+                self._felt, self.heard = felt, self._loop.time()
+
     def beat(self, frame: bytes) -> None:
         """Send a frame that says no more than that this side is alive, unless the other has something to read yet."""
         if self._ended or self._unsent:
@@ -241,6 +253,7 @@ class Channel:
             return
         self._ended = True
         self._reading = False
+        self.pulse = None
         self._loop.remove_reader(self.sock)
         if self.pidfd >= 0:
             self._loop.remove_reader(self.pidfd)

@@ -138,6 +138,8 @@ class Incoming:
 
     def _attach(self, channel: AnyChannel) -> None:
         self.channel = channel
+        if isinstance(channel, Channel):
+            channel.pulse = self.page.pulse
         channel.follow(self._on_frame, self._on_end)
 
     def resume(self, channel: AnyChannel, hello: Hello) -> bool:

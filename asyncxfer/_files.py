@@ -186,12 +186,13 @@ def open_file(
     wanted = _wanted(path, size, dims, itemsize)
     if mode == "w" and wanted is None:
         raise RegistrationError(f"{path}: mode 'w' needs size= or shape=, which say how long the file is to be")
+    if wanted is not None:
+        _check_whole(path, wanted, name, itemsize)  # before anything is done to the file
     file = _open(path, mode, durability)
     try:
         _prepare(file, mode, wanted, direct=direct)
         nbytes = file.nbytes if wanted is None else wanted
-        if nbytes % itemsize:
-            raise RegistrationError(f"{path} has {nbytes:,} bytes, not a multiple of {name}'s {itemsize}; give shape=")
+        _check_whole(path, nbytes, name, itemsize)
     except BaseException:
         file.close()
         raise
@@ -205,6 +206,11 @@ def open_file(
 def _check_word(what: str, word: object, words: Any) -> None:
     if word not in get_args(words):
         raise ConfigError(f"{what} is {word!r}; expected one of {', '.join(map(repr, get_args(words)))}")
+
+
+def _check_whole(path: str, nbytes: int, name: str, itemsize: int) -> None:
+    if nbytes % itemsize:
+        raise RegistrationError(f"{path}: {nbytes:,} bytes are not a multiple of {name}'s {itemsize}; give shape=")
 
 
 def _local_path(url: str | os.PathLike[str]) -> str:

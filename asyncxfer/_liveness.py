@@ -1,4 +1,7 @@
-"""Who is silent: a question over every connection now and then, and a look at when each peer was heard last.
+"""Who is silent: a look now and then at when each peer was heard last, and a question where that was long ago.
+
+Two agents of one host show each other in the page that they share that their loops turn, which costs neither of them
+a wake-up; only one that does not is asked.
 
 A process that is stopped, or whose event loop is held up, is not gone: the kernel would tell. It is suspect until it is
 heard again, and so is a peer whose connection broke until it has another. This decides no more than that; what follows
@@ -60,7 +63,8 @@ class Liveness:
         now = self._loop.time()
         held_up = now - self._due > self._interval  # this loop: what has come in the meantime has not been read
         for _, channel in self._channels():
-            if now - channel.heard > self._interval / 2:  # otherwise the peer has asked, or said something
+            channel.feel()
+            if now - channel.heard > self._interval / 2:  # otherwise it has shown itself, or said something
                 channel.beat(_BEAT)
         if not held_up:
             self.look()

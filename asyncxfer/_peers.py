@@ -378,11 +378,13 @@ def _make_link(outgoing: Outgoing) -> Link:
     fd = outgoing.take_page()
     try:
         page = MemoryMapping(fd, 0, PAGE_BYTES, writable=True)
-        return Link(channel.sock.fileno(), channel.pidfd, channel.credentials.pid, page)
+        link = Link(channel.sock.fileno(), channel.pidfd, channel.credentials.pid, page)
     except (OSError, ValueError) as error:
         raise PeerLostError(f"process {channel.credentials.pid} sent no usable link page: {error}") from error
     finally:
         os.close(fd)
+    channel.pulse = link.pulse
+    return link
 
 
 def _detach(peer: Peer, region: RemoteRegion) -> None:

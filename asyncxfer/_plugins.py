@@ -24,6 +24,7 @@ _SHIPPED = {
     "tcp": "asyncxfer.backends.tcp:TcpBackend",
     "ucx": "asyncxfer.backends.ucx:UcxBackend",
     "uring": "asyncxfer.backends.uring:UringBackend",
+    "kvikio": "asyncxfer.backends.kvikio:KvikioBackend",
 }
 
 BackendSpec: TypeAlias = str | type[Backend] | Backend

@@ -113,6 +113,10 @@ class Regions:
     async def open(self, url: str | os.PathLike[str], mode: FileMode, name: str | None, **options: Any) -> Region:
         """Make a region of a file, as `Agent.open` says. Peers are not shown it, and it takes no slot."""
         self._flights.check_open()
+        self._check_room(name, MemoryKind.FILE)  # before anything is done to the file
+        refused = self._strangers(MemoryKind.FILE)
+        if len(refused) == len(self._backends):
+            raise self._useless(MemoryKind.FILE, refused)
         memory: Memory = await self._in_thread(partial(open_file, url, mode, **options))
         access: Access = "r" if memory.readonly else "rw"
         try:
@@ -151,10 +155,9 @@ class Regions:
 
     async def _show(self, memory: Memory, registrations: dict[str, Registration]) -> dict[str, str]:
         """Register memory with every backend that can use it, of which one is needed; why the others cannot."""
-        refused: dict[str, str] = {}
+        refused = self._strangers(memory.kind)
         for backend in self._backends.values():
-            if not any(memory.kind in pair for pair in backend.capabilities.kinds):
-                refused[backend.name] = f"does not move {memory.kind}"
+            if backend.name in refused:
                 continue
             try:
                 if not backend.pins:
@@ -165,9 +168,17 @@ class Regions:
             except RegistrationError as error:
                 refused[backend.name] = str(error)
         if not registrations:
-            reasons = "; ".join(f"{k}: {v}" for k, v in (dict(self._refused) | refused).items())
-            raise RegistrationError(f"no backend can use this {memory.kind} memory ({reasons})")
+            raise self._useless(memory.kind, refused)
         return refused
+
+    def _strangers(self, kind: MemoryKind) -> dict[str, str]:
+        """The backends that do not move this kind of memory at all, with that for a reason."""
+        able = {name for name, b in self._backends.items() if any(kind in pair for pair in b.capabilities.kinds)}
+        return {name: f"does not move {kind}" for name in self._backends if name not in able}
+
+    def _useless(self, kind: MemoryKind, refused: dict[str, str]) -> RegistrationError:
+        reasons = "; ".join(f"{name}: {why}" for name, why in (dict(self._refused) | refused).items())
+        return RegistrationError(f"no backend can use this {kind} memory ({reasons})")
 
     async def _withdraw(self, registrations: dict[str, Registration]) -> None:
         """Undo what `_show` did."""

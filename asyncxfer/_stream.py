@@ -270,6 +270,9 @@ class StreamChannel:
         if len(self._unsent) > _UNSENT:
             self._loop.call_soon(self._end, f"it left {len(self._unsent):,} bytes unread")
 
+    def feel(self) -> None:
+        """Look whether the other side is alive, where that takes no frame: not here."""
+
     def beat(self, payload: bytes) -> None:
         """Send a frame that says no more than that this side is alive, unless the other has something to read yet."""
         if self._ended:

@@ -434,6 +434,10 @@ _ENDINGS: dict[int, tuple[type[TransferError], str]] = {
     _native.STATUS_FAULT: (TransferError, "stopped: memory went away under it (unmapped, or its file truncated)"),
     _native.STATUS_DENIED: (
         TransferError,
+        "was refused by the peer: its region grants no such access, or has no such rows",
+    ),
+    _native.STATUS_NOT_PERMITTED: (
+        TransferError,
         "was refused by the kernel (process_vm_readv/writev: EPERM; see `asyncxfer doctor`)",
     ),
     _native.STATUS_FAILED: (TransferError, "failed"),

@@ -1,7 +1,7 @@
 """What every test runs under: both event loops, leak assertions, blocking detection, and a summary of skips.
 
-An `async def` test runs twice, as `[asyncio]` and as `[uvloop]`. A plain test that takes the fixture `loop_name`
-does too, and hands the name to the processes it starts.
+An `async def` test runs twice, as `[asyncio]` and as `[uvloop]`; once with `--one-loop`. A plain test that takes the
+fixture `loop_name` does too, and hands the name to the processes it starts.
 
 A test that leaves something behind fails: a file descriptor, a thread (native ones included), a shared mapping, a
 child process, an asyncio task, or a live native object. `@pytest.mark.leaks("maps", reason="...")` excuses kinds.
@@ -16,8 +16,10 @@ import gc
 import inspect
 import multiprocessing.resource_tracker
 import os
+import re
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,30 @@ GRACE = 2.0
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run every async test on each loop."""
     return LOOPS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run that has little time take each test once."""
+    parser.addoption(
+        "--one-loop", action="store_true",
+        help="run each test on one of the two event loops, always the same; the contract of backends on both",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--one-loop`, leave half of the tests out that run on both loops."""
+    if not config.getoption("--one-loop"):
+        return
+    twins: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if _LOOP.search(item.nodeid) and item.path.name != "test_contract.py":
+            twins.setdefault(_LOOP.sub("*", item.nodeid), []).append(item)
+    left_out = {twin[zlib.crc32(name.encode()) % 2] for name, twin in twins.items() if len(twin) == len(LOOPS)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+_LOOP = re.compile(rf"(?<=[\[-])({'|'.join(LOOPS)})(?=[-\]])")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

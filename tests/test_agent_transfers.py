@@ -283,7 +283,7 @@ async def test_explain_gives_every_candidate_as_data_and_as_text(pair: Pair) -> 
     assert isinstance(explanation, Explanation)
     assert (explanation.op, explanation.nbytes, explanation.rows) == ("put", 16_384, 32)
     candidates = {candidate.route: candidate for candidate in explanation}
-    assert set(candidates) == {"local", "shm:mapped", "shm:attach", "tcp", "ucx"}
+    assert set(candidates) == {"local", "shm:mapped", "shm:attach", "tcp", "ucx", "uring", "kvikio"}
     assert all(isinstance(candidate, Candidate) for candidate in explanation)
     local, mapped = candidates["local"], candidates["shm:mapped"]
     assert local.taken
@@ -294,7 +294,7 @@ async def test_explain_gives_every_candidate_as_data_and_as_text(pair: Pair) -> 
     )  # fmt: skip
     first, *rest = str(explanation).splitlines()
     assert first == "put of 16,384 bytes in 32 rows"
-    assert len(rest) == 5
+    assert len(rest) == len(candidates)
     assert rest[0].split()[:2] == ["->", "local"]
     with pytest.raises(NoRouteError) as caught:
         a.put(region[:], remote[:], backend="shm:mapped")
@@ -343,7 +343,7 @@ async def test_figures(pair: Pair) -> None:
         "get": (1, 4096, 0),
     }
     assert (stats["in_flight"], stats["regions"], stats["peers"]) == (0, 1, 1)
-    assert stats["backends"] == ["local", "shm", "tcp"]
+    assert stats["backends"] == ["local", "shm", "tcp", "uring"]
     assert stats["threads"] >= 0
     assert stats["network_threads"] >= 0
 

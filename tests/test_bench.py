@@ -307,6 +307,7 @@ def test_shape_units() -> None:
     assert Shape.parse("1x2gib").nbytes == 2 << 30
     assert str(Shape(3, 100)) == "3x100B"
     assert Shape.parse("5x4KiB/contiguous") == Shape(5, 4096, contiguous=True)
+    assert Shape.parse("5x4KiB/ONE") == Shape(5, 4096, one=True)
     assert set(DEFAULT_SHAPES) < set(UCX_SHAPES)
 
 
@@ -332,6 +333,20 @@ def test_contiguous_rows_leave_no_gap(op: Any) -> None:
     move(case, source, destination)
     assert np.array_equal(source, destination)
     assert _pattern.problem(destination, case) == ""
+
+
+@pytest.mark.parametrize("op", ["put", "get"])
+def test_one_row_many_times(op: Any) -> None:
+    case = Case(Shape(50, 96, one=True), "mapped", op, seed=5)
+    assert (case.shape.nbytes, case.shape.span) == (50 * 96, 2 * 96)
+    source, destination = (np.zeros(case.shape.span, dtype=np.uint8) for _ in range(2))
+    _pattern.fill(source, case)
+    _pattern.blank(destination, case)
+    assert "1 of 1 rows differ" in _pattern.problem(destination, case)
+    move(case, source, destination)
+    assert _pattern.problem(destination, case) == ""
+    destination[96] ^= 1
+    assert "0 of 1 rows differ, and bytes after 1 rows" in _pattern.problem(destination, case)
 
 
 @pytest.mark.parametrize("op", ["put", "get"])
@@ -456,9 +471,11 @@ def test_perftest_that_fails_says_why_and_leaves_no_process() -> None:
 
 def test_perftest_stands_beside_what_it_can_do() -> None:
     for text, repeated in [
-        ("256x4KiB", True),
-        ("32x64KiB", True),
+        ("256x4KiB/one", True),
+        ("32x64KiB/one", True),
         ("1x64MiB", True),
+        ("31x64KiB/one", False),
+        ("256x4KiB", False),
         ("1x4KiB", False),
         ("16x4KiB", False),
         ("16384x4KiB", False),

@@ -19,10 +19,11 @@ from numpydoc.validate import validate
 
 import asyncxfer
 import asyncxfer.abc
+import asyncxfer.store
 
 SETTINGS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["numpydoc_validation"]
 LEFT_OUT = frozenset(SETTINGS["checks"]) - {"all"}
-MODULES = ("asyncxfer", "asyncxfer.abc")
+MODULES = ("asyncxfer", "asyncxfer.abc", "asyncxfer.store")
 # What the agent's own parts call on one another: no underscore, and no part of the public API either.
 INTERNAL = {
     "asyncxfer.Agent.on_joined",
@@ -38,7 +39,7 @@ def public_names() -> Iterator[str]:
     """Yield the public classes and functions, and the public members that a class defines itself."""
     seen: set[object] = set()
     for module in MODULES:
-        owner = asyncxfer if module == "asyncxfer" else asyncxfer.abc
+        owner = sys.modules[module]
         for name in owner.__all__:
             value = getattr(owner, name)
             if value in seen or not (inspect.isclass(value) or inspect.isfunction(value)):
@@ -85,7 +86,7 @@ def raised_here(function: object) -> set[str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))  # type: ignore[arg-type]
     raised = (node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise))
     names = (exc.func.id for exc in raised if isinstance(exc, ast.Call) and isinstance(exc.func, ast.Name))
-    return {name for name in names if name in asyncxfer.__all__}
+    return {name for name in names if name in (*asyncxfer.__all__, *asyncxfer.store.__all__)}
 
 
 @pytest.mark.parametrize("name", sorted(set(public_names()) - INTERNAL))

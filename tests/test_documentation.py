@@ -42,7 +42,7 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
     assert "three blocks in every layer: True" in done.stdout
 
 
-@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/files.md"])
+@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/files.md", "docs/store.md"])
 async def test_the_pages_run_as_typed(page: str) -> None:
     """One block after the other in one namespace, with `await` at the top as in `python -m asyncio`."""
     namespace: dict[str, object] = {"__name__": "page"}

@@ -64,6 +64,35 @@ def test_handoff_fails_on_a_wrong_block(tmp_path: Path) -> None:
     assert "verified: 220 of 224 blocks layer by layer, 220 all at once" in ran.stdout  # a block of each request
 
 
+# ---- a cache larger than memory -----------------------------------------------------------------------------------
+
+
+def run_offload(*options: str, script: Path = EXAMPLES / "kv_offload.py") -> subprocess.CompletedProcess[str]:
+    return run_handoff("--memory", "8", "--disk", "16", "--requests", "20", *options, script=script)
+
+
+def test_offload_serves_from_memory_page_cache_and_disk(tmp_path: Path) -> None:
+    ran = run_offload("--path", str(tmp_path / "store"))
+    assert ran.returncode == 0, ran.stderr
+    assert "verified: 960 of 960 blocks" in ran.stdout
+    for place in ("memory", "page cache", "disk"):
+        found = re.search(rf"from {place} +(\d+) blocks", ran.stdout)
+        assert found is not None, ran.stdout
+        assert int(found[1]) > 0
+    again = run_offload("--path", str(tmp_path / "store"), "--durability", "data")
+    assert again.returncode == 0, again.stderr
+    assert "closed in order" in again.stdout
+
+
+def test_offload_fails_on_a_wrong_block(tmp_path: Path) -> None:
+    source = (EXAMPLES / "kv_offload.py").read_text()
+    honest = "await self._store.get(keys, self._region[blocks])"
+    assert honest in source
+    broken = tmp_path / "broken.py"
+    broken.write_text(source.replace(honest, "await self._store.get(keys, self._region[blocks[::-1]])"))
+    assert run_offload(script=broken).returncode == 1
+
+
 # ---- two hosts ----------------------------------------------------------------------------------------------------
 
 TWO_HOSTS = EXAMPLES / "two_hosts.py"

@@ -289,6 +289,18 @@ async def test_a_stopped_process_is_suspect_until_it_goes_on(server: Server) -> 
     await cast.leave()
 
 
+@pytest.mark.parametrize("theirs", [0.4, 30.0], ids=["both show themselves", "it has to be asked"])
+async def test_nobody_is_suspect_who_only_does_nothing(server: Server, theirs: float) -> None:
+    """What agents of one host show each other counts, and a peer that shows itself seldom is asked."""
+    cast = Cast(server, await Agent("here", config={"suspect_after": 0.4}).start())
+    events = cast.here.events()
+    await to_far(cast, "mapped", config={"suspect_after": theirs})
+    assert (await anext(events)).state is PeerState.JOINED
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(events), 1.5)
+    await cast.leave()
+
+
 async def test_nobody_is_suspect_because_this_loop_was_held_up(server: Server) -> None:
     cast = Cast(server, await Agent("here", config={"suspect_after": 0.4}).start())
     events = cast.here.events()

@@ -143,7 +143,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"size": 101}, RegistrationError, "has 100 bytes, 101 were asked for; mode 'w' makes a file longer"),
     ({"shape": (50, 3)}, RegistrationError, "has 100 bytes, 150 were asked for"),
     ({"shape": (5, 5), "size": 24}, RegistrationError, "size 24 was asked for, but the shape .* takes 25"),
-    ({"dtype": "float64"}, RegistrationError, "has 100 bytes, not a multiple of float64's 8"),
+    ({"dtype": "float64"}, RegistrationError, "100 bytes are not a multiple of float64's 8"),
+    ({"mode": "w", "dtype": "float64", "size": 12}, RegistrationError, "12 bytes are not a multiple of float64's 8"),
     ({"dtype": "no such"}, RegistrationError, "is no data type"),
     ({"dtype": object}, RegistrationError, "Python objects"),
     ({"shape": (2.5,)}, RegistrationError, "no tuple of integers"),
@@ -175,13 +176,15 @@ async def test_without_a_backend_for_files_the_reasons_are_told(tmp_path: Path) 
     (tmp_path / "data").write_bytes(bytes(100))
     async with Agent("a", backends=["local"]) as agent:
         with pytest.raises(RegistrationError, match=r"no backend can use this file memory \(local: does not move file"):
-            await agent.open(tmp_path / "data")
+            await agent.open(tmp_path / "data", "w", size=1)
+    assert (tmp_path / "data").stat().st_size == 100
 
 
 async def test_names_are_unique_among_files_and_memory(tmp_path: Path) -> None:
     async with Agent("a", **PIECES) as agent, agent.register(bytearray(1), name="kv"):
         with pytest.raises(RegistrationError, match="has a region 'kv' already"):
             await agent.open(tmp_path / "data", "w", name="kv", size=1)
+        assert not (tmp_path / "data").exists()
         async with agent.open(tmp_path / "data", "w", size=0) as file:  # an empty one is a file like any other
             assert (file.shape, agent.stats()["regions"]) == ((0,), 2)
 

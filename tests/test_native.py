@@ -270,6 +270,20 @@ def test_only_a_link_page_is_taken() -> None:
     other.close_fd()
 
 
+def test_each_end_feels_the_pulse_of_the_other() -> None:
+    with connection() as c:
+        before = c.page.pulse()
+        assert c.page.pulse() == before, "nothing but the other end's own advances it"
+        felt = c.link.pulse()
+        assert c.page.pulse() == before + 1
+        assert c.link.pulse() == felt + 1
+
+
+def test_a_link_without_a_page_has_no_pulse() -> None:
+    with pytest.raises(ValueError, match="has no pulse"):
+        Link(-1, -1, 0, None).pulse()
+
+
 def test_peeking_at_a_process() -> None:
     with connection() as c:
         value = bytearray(b"0123456789")

@@ -15,6 +15,7 @@ cdef enum status_t:
     DENIED = 6
     FAILED = 7
     MISMATCH = 100
+    NOT_PERMITTED = 101         # by the kernel, where DENIED is by the peer
 
 
 cdef struct node_t:

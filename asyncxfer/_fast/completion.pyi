@@ -14,6 +14,7 @@ STATUS_FAULT: Final = 5
 STATUS_DENIED: Final = 6
 STATUS_FAILED: Final = 7
 STATUS_MISMATCH: Final = 100
+STATUS_NOT_PERMITTED: Final = 101
 
 __pyx_capi__: dict[str, object]  # what other Cython modules link to
 

@@ -34,6 +34,7 @@ STATUS_FAULT = FAULT
 STATUS_DENIED = DENIED
 STATUS_FAILED = FAILED
 STATUS_MISMATCH = MISMATCH
+STATUS_NOT_PERMITTED = NOT_PERMITTED
 
 # How long one turn of the loop may be spent on settling, or on transfers that end inline; 1 ms is the promise.
 cdef int64_t TURN_NS = 200_000

@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from asyncxfer._fast.completion cimport (
-    DENIED, FAILED, FAULT, OK, PEER_GONE, REVOKED, TIMED_OUT, Completion, op_finish, op_progress, op_t,
+    FAILED, FAULT, NOT_PERMITTED, OK, PEER_GONE, REVOKED, TIMED_OUT, Completion, op_finish, op_progress, op_t,
 )
 from asyncxfer._fast.link cimport Link
 from asyncxfer._fast.native cimport *
@@ -175,7 +175,7 @@ cdef int meaning(const work_t* w, int error) noexcept nogil:
     """What an errno under a copy means for the transfer."""
     if error == ESRCH or (w.link != NULL and axf_link_gone(w.link)):
         return PEER_GONE
-    return DENIED if error == EPERM else FAULT
+    return NOT_PERMITTED if error == EPERM else FAULT
 
 
 cdef int move(op_t* op, uint32_t index) noexcept nogil:

@@ -138,6 +138,12 @@ cdef class Link:
             raise IndexError(f"slot {slot} of {0 if self.c.page == NULL else AXF_SLOTS}")
         axf_gate_leave(axf_gate_at(self.c.page, slot))
 
+    def pulse(self) -> int:
+        """Show the target that this side's loop turns; a number that grows as long as the target's does."""
+        if self.c.page == NULL:
+            raise ValueError("a link without a page has no pulse")
+        return axf_pulse(self.c.page, 1)
+
     def close(self) -> None:
         """From now on nothing is sent or put over it. The descriptors stay the caller's."""
         axf_store(&self.c.alive, 0)
@@ -204,6 +210,10 @@ cdef class GatePage:
     def wake(self, uint32_t slot) -> None:
         """End a `wait`: the initiator is known to be gone."""
         axf_gate_wake(self.gate(slot))
+
+    def pulse(self) -> int:
+        """Show the initiator that this side's loop turns; a number that grows as long as the initiator's does."""
+        return axf_pulse(self.page, 0)
 
     def counts(self) -> dict[str, int]:
         """What the initiator has done over this link: transfers and bytes, by direction, and failures."""

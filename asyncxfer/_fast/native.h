@@ -72,12 +72,19 @@ typedef struct {
 typedef struct {
     uint64_t magic, slots;
     uint64_t puts, put_bytes, gets, get_bytes, failed; /* written by the initiator, so that the target can count too */
+    uint64_t pulses[2]; /* each is advanced by one side as long as its loop turns: the target, the initiator */
 } axf_page;
 
 #define AXF_PAGE_BYTES (AXF_GATES_AT + AXF_SLOTS * sizeof(axf_gate))
 
 static inline axf_gate *axf_gate_at(axf_page *page, uint32_t slot) {
     return (axf_gate *)((char *)page + AXF_GATES_AT) + slot;
+}
+
+/* Advances the pulse of one side, and gives the other's. */
+static inline uint64_t axf_pulse(axf_page *page, int side) {
+    axf_add64(&page->pulses[side], 1);
+    return axf_load64(&page->pulses[!side]);
 }
 
 static inline long axf_futex(uint32_t *word, int op, uint32_t value, const struct timespec *timeout) {

@@ -42,5 +42,6 @@ cdef extern from "native.h" nogil:
         int fd, pidfd, pid, alive, queued, full, remote
         axf_page* page
 
+    uint64_t axf_pulse(axf_page* page, int side)
     int axf_link_gone(const axf_link* link)
     int axf_link_note(const axf_link* link, char kind, const char* tag, size_t n)

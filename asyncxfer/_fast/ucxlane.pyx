@@ -429,5 +429,7 @@ def submit(UcxWork work not None, Completion completion not None, int priority=0
     port_unlock(&port.p)
     if op.inline_:
         completion.release()
-    else:
-        port.kick()
+        return
+    if not port.p.threaded and port.ident == this_thread():
+        stay(&port.awake, axf_now())
+    port.kick()

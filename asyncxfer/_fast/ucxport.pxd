@@ -39,6 +39,12 @@ cdef struct lock_t:             # of the ports of one context: UCX serves only o
     int wanted                  # atomic: who waits for it, so that a thread lets go of it
 
 
+cdef struct stay_t:             # whether a thread looks for what comes, or sleeps until it is woken
+    int64_t until               # it looks; 0: it sleeps
+    int64_t left                # when it has looked last
+    int64_t crowded             # others want its core, until then
+
+
 cdef struct port_t:
     void* worker
     int efd, number             # number: of the ports of one agent
@@ -59,8 +65,10 @@ cdef struct port_t:
     pthread_t thread
     int threaded, stopping      # stopping: atomic
     uint64_t turns, ended       # ended: transfers
+    uint64_t heard              # messages of ours
 
 
+cdef void stay(stay_t* s, int64_t now) noexcept nogil
 cdef void port_lock(port_t* p) noexcept nogil
 cdef void port_unlock(port_t* p) noexcept nogil
 cdef void port_due(port_t* p, int64_t due) noexcept nogil
@@ -87,6 +95,7 @@ cdef class Port:
     cdef unsigned long ident    # the loop's thread
     cdef bint counted
     cdef bint scheduled
+    cdef stay_t awake
     cdef bint closed
 
     cpdef object run(self)

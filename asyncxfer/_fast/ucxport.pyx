@@ -40,7 +40,10 @@ cdef extern from "Python.h":
 cdef enum:
     TURN_NS = 200_000           # of a loop; 1 ms is the promise
     THREAD_TURN_NS = 500_000
-    LINGER_NS = 50_000          # of a thread, for what may come next
+    LINGER_NS = 100_000         # before it sleeps, for what may come next
+    LOOK_NS = 20_000            # a turn, if nothing comes
+    LATE_NS = 500_000           # who does not sleep, and is that late, has lost its core
+    CROWDED_NS = 100_000_000    # and sleeps at once for so long
     WATCH_NS = 1_000_000_000    # UCX may forget to tell; nobody waits longer than this for it to be noticed
 
 cdef long _live = 0
@@ -106,6 +109,7 @@ cdef int on_message(
     cdef void* reply = param.reply if param.attributes & AXF_AM_HAS_REPLY else NULL
     if head_bytes != sizeof(axf_ucx_head) or param.attributes & AXF_AM_IS_RNDV or h.version != AXF_UCX_VERSION:
         return AXF_UCS_OK       # none of ours
+    p.heard += 1
     if h.kind in (AXF_UCX_WELCOME, AXF_UCX_NOTED, AXF_UCX_DONE):
         if p.on_answer != NULL:
             p.on_answer(p, h, <const char*>data, n)
@@ -126,6 +130,7 @@ cdef int turn(port_t* p, int64_t budget, bint arm) noexcept nogil:
     """1: there is more to do at once. 0: nothing until the descriptor says so, if it was to be armed. Holds the lock."""
     cdef int64_t now = axf_now()
     cdef int64_t until = now + budget
+    cdef int64_t look_until = 0 if arm else now + LOOK_NS
     cdef int more, status
     p.turns += 1
     while True:
@@ -139,7 +144,11 @@ cdef int turn(port_t* p, int64_t budget, bint arm) noexcept nogil:
         now = axf_now()
         if more and (now >= until or axf_load(&p.lock.wanted)):
             break
-        if not more:
+        if more:
+            look_until = 0
+        elif now < look_until and not axf_load(&p.lock.wanted):
+            continue
+        else:
             status = ucp.worker_arm(p.worker) if arm else AXF_UCS_OK
             if status != AXF_UCS_BUSY:
                 break
@@ -149,29 +158,48 @@ cdef int turn(port_t* p, int64_t budget, bint arm) noexcept nogil:
     return more
 
 
+cdef void stay(stay_t* s, int64_t now) noexcept nogil:
+    """Something comes soon: this thread better looks for it for a while than sleeps, if it keeps its core meanwhile."""
+    if now >= s.crowded:
+        s.until, s.left = now + LINGER_NS, now
+
+
+cdef bint staying(stay_t* s, int64_t now) noexcept nogil:
+    """Whether to look on. One that does, and is late, has lost the core to somebody else, and would again."""
+    if s.until and now - s.left > LATE_NS:
+        s.crowded, s.until = now + CROWDED_NS, 0
+    if now >= s.until:
+        s.until = 0
+    return s.until != 0
+
+
 cdef void* worker_thread(void* arg) noexcept nogil:
     cdef port_t* p = <port_t*>arg
-    cdef int64_t busy = axf_now(), now, wait
+    cdef int64_t now, wait
     cdef pollfd event
+    cdef stay_t s
     cdef int more
+    cdef bint awake
+    memset(&s, 0, sizeof(s))
     axf_be_patient()            # event loops go first
     event.fd, event.events = p.efd, POLLIN
     while not axf_load(&p.stopping):
         now = axf_now()
+        awake = staying(&s, now)
         pthread_mutex_lock(&p.lock.mutex)
-        more = turn(p, THREAD_TURN_NS, now - busy >= LINGER_NS)
+        more = turn(p, THREAD_TURN_NS, not awake)
         pthread_mutex_unlock(&p.lock.mutex)
-        if more:
-            busy = now
-        elif now - busy >= LINGER_NS:
+        if not more and not awake:
             wait = WATCH_NS if p.due == 0 else min(max(p.due - now, 0), <int64_t>WATCH_NS)
             poll(&event, 1, <int>((wait + 999_999) // 1_000_000))
-            if event.revents:
-                busy = axf_now()
-            continue
+            more = event.revents != 0
+        s.left = axf_now()
+        if more:
+            stay(&s, s.left)
         while axf_load(&p.lock.wanted):
             sched_yield()
-        sched_yield()
+        if s.until:
+            sched_yield()
     return NULL
 
 
@@ -277,6 +305,9 @@ cdef class Port:
 
     cpdef object run(self):
         """Take a turn of the loop that drives this port."""
+        cdef int64_t now = axf_now()
+        cdef uint64_t heard = self.p.heard
+        cdef bint awake
         cdef int more
         if self.closed:
             return
@@ -285,8 +316,13 @@ cdef class Port:
             if pthread_mutex_trylock(&self.p.lock.mutex) != 0:
                 more = -1
             else:
-                more = turn(&self.p, TURN_NS, True)
+                awake = staying(&self.awake, now)
+                more = turn(&self.p, TURN_NS, not awake) or awake
                 pthread_mutex_unlock(&self.p.lock.mutex)
+                self.awake.left = axf_now()
+                if self.p.heard != heard:
+                    stay(&self.awake, self.awake.left)
+                    more = more or self.awake.until != 0
         if more < 0:
             return              # who holds the lock for long asks for a turn afterwards
         if self.queue is not None and self.p.ended != self.drained:

@@ -46,7 +46,7 @@ class KvikioFileSide(FileSide):
             raise UnavailableError(str(error)) from error
         return self._memory_array
 
-    async def prepare(self, case: FileCase) -> None:
+    async def prepare(self, case: FileCase) -> str:
         direct = dict.fromkeys(_DIRECT, case.way == "direct")
         self._settings.enter_context(self._defaults.set(direct))
         file = self._files[case.way]
@@ -54,14 +54,15 @@ class KvikioFileSide(FileSide):
         length, (here, _), (there, _) = case.shape.length, case.memory_rows(), case.file_rows()
         rows = zip(here.tolist(), there.tolist(), strict=True)
         self._rows = [(self._memory_array[at : at + length], offset) for at, offset in rows]
+        return "POSIX"
 
-    async def move(self) -> str:
+    async def move(self, repeats: int) -> None:
         post = self._post
-        futures = [post(row, file_offset=offset) for row, offset in self._rows]
-        for future, (row, offset) in zip(futures, self._rows, strict=True):
-            if future.get() != len(row):
-                raise RuntimeError(f"KvikIO moved less than {len(row)} bytes at offset {offset}")
-        return "KvikIO"
+        for _ in range(repeats):
+            futures = [post(row, file_offset=offset) for row, offset in self._rows]
+            for future, (row, offset) in zip(futures, self._rows, strict=True):
+                if future.get() != len(row):
+                    raise RuntimeError(f"KvikIO moved less than {len(row)} bytes at offset {offset}")
 
     async def release(self) -> None:
         self._rows, self._post = [], None

@@ -58,7 +58,7 @@ class NixlFileSide(FileSide):
     def _register(self, rows: list[tuple[int, int, int, str]], kind: str) -> None:
         self._registrations.append(self._agent.register_memory(rows, kind, backends=[_PLUGIN]))
 
-    async def prepare(self, case: FileCase) -> None:
+    async def prepare(self, case: FileCase) -> str:
         here = _rows(self._memory_array.ctypes.data, 0, *case.memory_rows())
         there = _rows(0, self._files[case.way], *case.file_rows())
         local = self._agent.prep_xfer_dlist("", here, "DRAM", backends=[_PLUGIN])
@@ -67,15 +67,16 @@ class NixlFileSide(FileSide):
         operation = _OPERATIONS[case.op]
         request = self._agent.make_prepped_xfer(operation, local, every, remote, every, backends=[_PLUGIN])
         self._prepared = [request, local, remote]
-
-    async def move(self) -> str:
-        request, check = self._prepared[0], self._agent.check_xfer_state
-        state = self._agent.transfer(request)
-        while state == "PROC":
-            state = check(request)
-        if state != "DONE":
-            raise RuntimeError(f"NIXL ended a transfer in state {state}")
         return f"POSIX, {self._queue}"
+
+    async def move(self, repeats: int) -> None:
+        request, post, check = self._prepared[0], self._agent.transfer, self._agent.check_xfer_state
+        for _ in range(repeats):
+            state = post(request)
+            while state == "PROC":
+                state = check(request)
+            if state != "DONE":
+                raise RuntimeError(f"NIXL ended a transfer in state {state}")
 
     async def release(self) -> None:
         if self._prepared:

@@ -39,16 +39,17 @@ class OurFileSide(FileSide):
             self._files[way] = await self._agent.open(path, "r+", size=file_bytes, direct=way == "direct")
         return self._region.array
 
-    async def prepare(self, case: FileCase) -> None:
+    async def prepare(self, case: FileCase) -> str:
         assert self._region is not None, "a case came before memory was opened"
         here = self._region.descriptors(*case.memory_rows())
         there = self._files[case.way].descriptors(*case.file_rows())
         self._plan = self._agent.prepare(case.op, here, there)
+        return self._plan.route.route
 
-    async def move(self) -> str:
+    async def move(self, repeats: int) -> None:
         plan = self._prepared()
-        await plan()
-        return plan.route.route
+        for _ in range(repeats):
+            await plan()
 
     async def watch(self, seconds: float) -> dict[str, float]:
         plan = self._prepared()

@@ -46,12 +46,12 @@ class FileSide(ABC):
         """
 
     @abstractmethod
-    async def prepare(self, case: FileCase) -> None:
-        """Get everything ready that can be ready before the clock starts."""
+    async def prepare(self, case: FileCase) -> str:
+        """Get everything ready that can be ready before the clock starts; by what it will move."""
 
     @abstractmethod
-    async def move(self) -> str:
-        """Move the prepared case once; by what."""
+    async def move(self, repeats: int) -> None:
+        """Move the prepared case `repeats` times, one after the other."""
 
     @abstractmethod
     async def release(self) -> None:
@@ -103,23 +103,20 @@ class FileSide(ABC):
             memory[:] = pattern(case.memory_span, case.seed)
         else:
             blank(memory)
-        await self.prepare(case)
-        for _ in range(warmup):
-            await self.move()
+        self._by = await self.prepare(case)
+        await self.move(warmup)
 
     async def _run(self, repeats: int) -> Message:
-        backend = ""
         cpu, start = time.process_time(), time.perf_counter()
-        for _ in range(repeats):
-            backend = await self.move()
+        await self.move(repeats)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": backend}
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "backend": self._by}
 
     async def _finish(self, case: FileCase) -> str:
         """Move it once more, to what is blank, and check what has come to memory."""
         memory = self._memory[: case.memory_span]
         if case.op == "get":
             blank(memory)
-        await self.move()
+        await self.move(1)
         await self.release()
         return problem(memory, case) if case.op == "get" else ""

@@ -40,17 +40,17 @@ def problem(memory: Bytes, case: Case) -> str:
     sources, destinations = case.local_order(), case.remote_order()
     if case.op == "get":
         sources, destinations = destinations, sources
-    expected = np.full((shape.count, shape.stride), _BLANK, dtype=np.uint8)
-    source = _source(case).reshape(shape.count, shape.stride)
+    expected = np.full((shape.places, shape.stride), _BLANK, dtype=np.uint8)
+    source = _source(case).reshape(shape.places, shape.stride)
     expected[destinations, : shape.length] = source[sources, : shape.length]
-    actual = memory[: shape.span].reshape(shape.count, shape.stride)
+    actual = memory[: shape.span].reshape(shape.places, shape.stride)
     if np.array_equal(actual, expected):
         return ""
     rows, gaps = (
         int((actual[:, part] != expected[:, part]).any(axis=1).sum())
         for part in (slice(shape.length), slice(shape.length, None))
     )
-    return f"{rows} of {shape.count} rows differ, and bytes after {gaps} rows were written over"
+    return f"{rows} of {shape.places} rows differ, and bytes after {gaps} rows were written over"
 
 
 def _source(case: Case) -> Bytes:

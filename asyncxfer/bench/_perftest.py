@@ -1,10 +1,9 @@
 """What UCX itself does without anything around it: ucx_perftest, from the wheel of libucx or from PATH.
 
 Its puts and gets are of one message after the other from and to the same memory, at most 32 of them under way, so it
-stands beside cases that are as many small rows as stay in a cache, posted as one transfer, and beside one large row. It
-runs with error handling and `RNDV_THRESH=inf`, as ours does, because UCX picks other protocols without. Each round is a
-server and a client, which end with it; nobody looks at their bytes. It knows cases and places, and nothing of other
-systems.
+stands beside cases that are one row as many times, posted as one transfer, and beside one large row. It runs with
+error handling and `RNDV_THRESH=inf`, as ours does, because UCX picks other protocols without. Each round is a server
+and a client, which end with it; nobody looks at their bytes. It knows cases and places, and nothing of other systems.
 
 Both processes spin from beginning to end, so their CPU time is not measured: it is twice the time of a round.
 """
@@ -38,7 +37,6 @@ INSTALL = "pip install libucx-cu12"
 _NAME = "ucx_perftest"
 _TESTS = {"put": "ucp_put_bw", "get": "ucp_get"}
 _WINDOW = 32  # its default for puts; gets would be one at a time
-_CACHED = 4 << 20
 _LARGE = 16 << 20
 
 #: Bytes of a round, and the least and the most messages.
@@ -66,7 +64,7 @@ def is_repeated(case: Case) -> bool:
     shape = case.shape
     if shape.contiguous or not case.prepared:
         return False
-    return shape.length >= _LARGE if shape.count == 1 else shape.count >= _WINDOW and shape.nbytes <= _CACHED
+    return shape.length >= _LARGE if shape.count == 1 else shape.one and shape.count >= _WINDOW
 
 
 class Perftest:

@@ -123,7 +123,8 @@ def file_table(lines: Sequence[Line]) -> Table:
     note = (
         "Medians. Contiguous: in the file; rows are always scattered in memory. Ours is x: how many times as fast, "
         "median\nover neighbouring rounds; x CPU: how many times its CPU time ours takes. Nobody looks at the bytes of "
-        "fio. Loop late:\nlatest tick of a 1 ms ticker while ours is repeated, untimed."
+        "fio,\nwhose CPU time leaves out what the kernel's own threads do for it. Loop late: latest tick of a 1 ms "
+        "ticker while\nours is repeated, untimed."
     )
     return Table(headers, rows, note)
 

@@ -2,8 +2,8 @@
 
 A shape is a number of rows of one length. Rows lie two lengths apart on both sides, so that no two
 of them can be merged, and the remote side takes them in an order drawn from the seed; or they are
-contiguous and in order on both sides, so that all of them can. Nothing here knows a system, a
-process or a clock; both processes of a pair derive the same rows from a case.
+contiguous and in order on both sides, so that all of them can; or all of them are the same one row.
+Nothing here knows a system, a process or a clock; both processes of a pair derive the same rows from a case.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Rows = NDArray[np.uint64]
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _CONTIGUOUS = "/contiguous"
-_SHAPE = re.compile(rf"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)(?P<lie>{_CONTIGUOUS}|)", re.IGNORECASE)
+_ONE = "/one"
+_SHAPE = re.compile(rf"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)(?P<lie>{_CONTIGUOUS}|{_ONE}|)", re.IGNORECASE)
 
 #: Bytes that a round moves at least, by repeating a small shape, up to this many times and rows.
 _ROUND_BYTES = 32 << 20
@@ -33,15 +34,16 @@ _MOST_ROWS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`count` rows of `length` bytes each, with gaps between them or without."""
+    """`count` rows of `length` bytes each, with gaps between them or without, or one row as many times."""
 
     count: int
     length: int
     contiguous: bool = False
+    one: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Read ``"16384x4KiB"`` or ``"20000x4KiB/contiguous"``; units are B, KiB, MiB and GiB.
+        """Read ``"16384x4KiB"``, ``"20000x4KiB/contiguous"`` or ``"32x64KiB/one"``; units are B, KiB, MiB and GiB.
 
         Raises
         ------
@@ -50,15 +52,16 @@ class Shape:
         """
         match = _SHAPE.fullmatch(text.strip())
         if match is None:
-            hint = f"write for instance 16384x4KiB or 20000x4KiB{_CONTIGUOUS}"
+            hint = f"write for instance 16384x4KiB, 20000x4KiB{_CONTIGUOUS} or 32x64KiB{_ONE}"
             raise ValueError(f"shape {text!r} is not COUNTxSIZE; {hint}")
-        shape = cls(int(match["count"]), int(match["size"]) * _UNITS[match["unit"].upper()], bool(match["lie"]))
+        length, lie = int(match["size"]) * _UNITS[match["unit"].upper()], match["lie"].lower()
+        shape = cls(int(match["count"]), length, contiguous=lie == _CONTIGUOUS, one=lie == _ONE)
         if shape.nbytes == 0:
             raise ValueError(f"shape {text!r} has no bytes; both numbers must be at least 1")
         return shape
 
     def __str__(self) -> str:
-        lie = _CONTIGUOUS if self.contiguous else ""
+        lie = _CONTIGUOUS if self.contiguous else _ONE if self.one else ""
         for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
             if self.length % size == 0:
                 return f"{self.count}x{self.length // size}{unit}{lie}"
@@ -77,7 +80,12 @@ class Shape:
     @property
     def span(self) -> int:
         """Bytes of memory that the rows lie in, gaps included."""
-        return self.count * self.stride
+        return self.places * self.stride
+
+    @property
+    def places(self) -> int:
+        """Rows that are not the same."""
+        return 1 if self.one else self.count
 
     @property
     def repeats(self) -> int:
@@ -93,12 +101,12 @@ DEFAULT_SHAPES = (
     Shape(1, 4 << 10),
 )
 
-#: The same, rows that merge, and as many small rows as stay in a core's cache, which is what ucx_perftest moves.
+#: The same, rows that merge, and one row many times, which is what ucx_perftest moves.
 UCX_SHAPES = (
     *DEFAULT_SHAPES,
     Shape(20000, 4 << 10, contiguous=True),
-    Shape(256, 4 << 10),
-    Shape(32, 64 << 10),
+    Shape(256, 4 << 10, one=True),
+    Shape(32, 64 << 10, one=True),
 )
 
 
@@ -136,12 +144,12 @@ class Case:
         return cls(shape, memory, op, message["seed"], message["prepared"])
 
     def local_order(self) -> NDArray[np.int64]:
-        """Which row of its memory the initiator names k-th: the k-th."""
-        return np.arange(self.shape.count, dtype=np.int64)
+        """Which row of its memory the initiator names k-th: the k-th, or the only one."""
+        return np.minimum(np.arange(self.shape.count, dtype=np.int64), self.shape.places - 1)
 
     def remote_order(self) -> NDArray[np.int64]:
         """Which row of the target's memory the initiator names k-th: the k-th if contiguous, or drawn from the seed."""
-        if self.shape.contiguous:
+        if self.shape.contiguous or self.shape.one:
             return self.local_order()
         return np.random.default_rng(self.seed).permutation(self.shape.count)
 

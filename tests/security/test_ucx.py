@@ -22,7 +22,7 @@ import pytest
 from over_ucx import BACKENDS, config, needs_ucx
 from stage import within
 
-from asyncxfer import Agent, BackendError, Peer, Region
+from asyncxfer import Agent, BackendError, Peer, Region, TransferError
 from asyncxfer.abc import MemoryKind, Segment
 from asyncxfer.backends.ucx import _unpack
 
@@ -177,6 +177,22 @@ async def test_with_the_key_and_lies(victim: Victim) -> None:
         (16, 1, b"", b""),
     ]
     await victim.lie(messages)
+    await victim.prove()
+
+
+@pytest.mark.parametrize(("access", "op"), [("r", "put"), ("w", "get")])
+async def test_an_initiator_that_ignores_what_it_may_do(victim: Victim, access: Any, op: str) -> None:
+    """The target looks for itself what was granted, whatever the initiator believes."""
+    theirs, mine = np.full(NBYTES, 3, np.uint8), np.full(NBYTES, 9, np.uint8)
+    async with victim.b.register(theirs, name="guarded", access=access), victim.a.register(mine) as region:
+        remote = await victim.peer.region("guarded", timeout=5)
+        remote.access = "rw"
+        move = victim.a.put if op == "put" else victim.a.get
+        async with within():
+            with pytest.raises(TransferError, match="refused by the peer"):
+                await move(region.bytes[:], remote.bytes[:], backend="ucx")
+    assert (theirs == 3).all()
+    assert (mine == 9).all()
     await victim.prove()
 
 

@@ -1,0 +1,33 @@
+"""A store of KV-cache blocks on local disks: fixed-size blocks in slab files, found by key.
+
+`open` is where to begin. A store has one writer, which holds a lock, and any number of readers in other processes,
+which see what the writer has acknowledged. It moves blocks with the agent that it is given, through `Agent.open`, and
+so takes descriptor lists: paged memory goes in and out without a copy.
+
+Everything is built on the public names of asyncxfer and on the native index, `_fast.blockindex`.
+"""
+
+from __future__ import annotations
+
+from ._errors import StoreError, StoreFormatError, StoreFullError, StoreLockedError
+from ._report import Report
+from ._store import MAX_KEY_BYTES, Durability, Mode, Opening, Store, open  # noqa: A004
+
+__all__ = [
+    "MAX_KEY_BYTES",
+    "Durability",
+    "Mode",
+    "Opening",
+    "Report",
+    "Store",
+    "StoreError",
+    "StoreFormatError",
+    "StoreFullError",
+    "StoreLockedError",
+    "open",
+]
+
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = __name__
+del _name

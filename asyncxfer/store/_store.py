@@ -1,0 +1,705 @@
+"""The store: what its user calls, and in what order the parts do it.
+
+A put takes blocks, moves the rows and works out their checksums at the same time, and then commits. A get looks up and
+holds blocks, moves them, and looks at them before it tells of them: at their checksum, and in a reader at whether the
+writer has given them to something else meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from asyncxfer import AccessError, Agent, ClosedError, DescriptorError, DescriptorList, Region, XferError
+from asyncxfer._fast.blockindex import MAX_KEY_BYTES, BlockIndex, Bools, Int64s, Packed, Uint32s, Uint64s, pack
+from asyncxfer._fast.blockrows import checksums
+
+from ._commits import Commits
+from ._errors import StoreError, StoreFullError
+from ._journal import Durability
+from ._opening import Mode, Options, Parts, absolute, check, directory_of, open_files
+from ._slabs import Slabs, chosen_rows, in_host_memory
+from ._space import Space
+
+__all__ = ["MAX_KEY_BYTES", "Durability", "Mode", "Opening", "Store", "open"]
+
+SLAB_BYTES = 1 << 30
+_PIECE = 4096  # keys that are handled at once
+_PIECE_BYTES = 256 * 1024 * 1024
+_INLINE_BYTES = 64 * 1024  # checksums of so much are worked out at once
+_TURN_SECONDS = 200e-6
+_ATTEMPTS = 4  # of a reader, at blocks that the writer keeps moving
+
+
+def open(  # noqa: A001 - as `Agent.open`, and Python's own
+    url: str | os.PathLike[str],
+    *,
+    agent: Agent,
+    block_bytes: int | None = None,
+    budget: int | None = None,
+    mode: Mode = "w",
+    durability: Durability = "none",
+    slab_bytes: int = SLAB_BYTES,
+    direct: bool = False,
+) -> Opening:
+    """Open a store of blocks, or make it.
+
+    Parameters
+    ----------
+    url : str or path
+        A directory of its own: a path or a ``file://`` URL.
+    agent : Agent
+        Moves the blocks. It has to be open longer than the store.
+    block_bytes : int or None, bytes
+        Of every block; needed to make a store, and compared with the one that is there. Multiples of 4096 can go past
+        the page cache.
+    budget : int or None, bytes
+        Of all blocks together; the ones used longest ago make room for new ones. None: until the disk is full.
+    mode : {"w", "r"}
+        Write and read: one at a time may, in all processes. Or read what that one has acknowledged.
+    durability : {"none", "data", "full"}
+        What the end of a put or delete outlives: the process; also the machine, by fdatasync; the same by fsync.
+    slab_bytes : int, bytes
+        Of each file of blocks, when a store is made.
+    direct : bool
+        Go past the page cache where that can be done.
+
+    Returns
+    -------
+    Opening
+        ``await`` it for a `Store`, or ``async with`` it.
+
+    Raises
+    ------
+    ConfigError
+        An argument is wrong.
+    StoreError
+        By the await: and its kinds, what is in that directory cannot be used.
+    """
+    check(mode, durability, block_bytes, budget, slab_bytes)
+    options = Options(directory_of(url), block_bytes, budget, mode, durability, slab_bytes, direct)
+    return Opening(lambda: Store._open(agent, options))
+
+
+class Opening(Awaitable["Store"]):
+    """A store that is being opened: ``await`` it, or ``async with`` it to have it closed at the end."""
+
+    def __init__(self, make: Callable[[], Awaitable[Store]]) -> None:
+        self._make = make
+        self._store: Store | None = None
+
+    def __await__(self) -> Generator[Any, None, Store]:
+        return self._make().__await__()
+
+    async def __aenter__(self) -> Store:
+        self._store = await self._make()
+        return self._store
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            await store.aclose()
+
+
+class Store:
+    """Blocks of one size under keys, on disk. `open` makes one.
+
+    Keys are bytes, 1 to `MAX_KEY_BYTES` of them: those of up to 32 bytes are kept as they are, of longer ones their
+    SHA-256. Rows are a descriptor list of a region of the agent, in which block ``i`` is the ``i``-th `block_bytes`
+    bytes, in whatever rows these lie. Its calls belong to the event loop that it was opened on.
+
+    Attributes
+    ----------
+    path : Path
+        Its directory.
+    block_bytes : int, bytes
+    mode : {"w", "r"}
+    durability : {"none", "data", "full"}
+    report : Report
+        What opening it found and healed.
+    """
+
+    def __init__(self, options: Options, parts: Parts, agent: Agent) -> None:
+        self.path = options.directory
+        self.mode: Mode = options.mode
+        self.durability: Durability = options.durability
+        self.block_bytes = parts.identity.block_bytes
+        self.report = parts.report
+        self._identity = parts.identity
+        self._pool = parts.pool
+        self._lock_fd = parts.lock_fd
+        self._follower = parts.follower
+        self._own_index = None if parts.follower else parts.index
+        self._trusted = parts.opened.trusted
+        self._first_clock, self._first_sequence = self._index.clock, self._index.sequence
+        self._slabs = Slabs(
+            agent, options.directory, parts.identity, writable=options.mode == "w", durability=options.durability,
+            direct=options.direct, in_thread=self._in_thread,
+        )  # fmt: skip
+        self._commits: Commits | None = None
+        self._space: Space | None = None
+        if parts.journal is not None:
+            self._commits = Commits(
+                options.directory, parts.identity, self._index, parts.journal, self._slabs,
+                durability=options.durability, opened=parts.opened, records=parts.records, in_thread=self._in_thread,
+                changed=self._changed,
+            )  # fmt: skip
+            self._space = Space(self._index, self._commits, self.block_bytes)
+        self._following = asyncio.Lock()
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._turn: float | None = None  # when the loop was found to be turning last
+        self._closed = False
+        self._ending: asyncio.Task[None] | None = None
+        self._counters = dict.fromkeys(("puts", "hits", "misses", "deleted", "damaged", "moved_away"), 0)
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def _open(cls, agent: Agent, options: Options) -> Store:
+        pool = ThreadPoolExecutor(4, thread_name_prefix="axf-store")
+        parts = Parts(pool)
+        loop = asyncio.get_running_loop()
+        try:
+            options = await _to_the_end(loop.run_in_executor(pool, absolute, options))
+            await _to_the_end(loop.run_in_executor(pool, open_files, options, parts))
+            store = cls(options, parts, agent)
+            if parts.heal and store._commits is not None:
+                with contextlib.suppress(StoreError, OSError):  # the damage is passed over next time too
+                    await store._commits.compact()
+        except BaseException:
+            parts.close()
+            pool.shutdown(wait=False)
+            raise
+        return store
+
+    async def aclose(self) -> None:
+        """Let what is in flight end, write down what was used when, and close the files. Again does nothing.
+
+        Raises
+        ------
+        StoreError
+            The last records could not be written.
+        """
+        if self._ending is None:
+            self._closed = True
+            self._ending = asyncio.ensure_future(self._end())
+        await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
+        while self._running:
+            self._idle.clear()
+            await self._idle.wait()
+        try:
+            if self._commits is not None:
+                used = (self._index.clock, self._index.sequence) != (self._first_clock, self._first_sequence)
+                await self._commits.aclose(snapshot=used)
+        finally:
+            try:
+                await self._slabs.aclose()
+            finally:
+                if self._follower is not None:
+                    await self._in_thread(self._follower.close)
+                if self._lock_fd >= 0:
+                    os.close(self._lock_fd)
+                self._pool.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._index):,} blocks of {self.block_bytes:,} bytes"
+        return f"<Store {str(self.path)!r}, {self.mode!r}, {state}>"
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    # ---- blocks --------------------------------------------------------------------------------------------------
+
+    async def put(
+        self, keys: Sequence[bytes], rows: DescriptorList, *, prefix: bytes | None = None, pin: bool = False,
+        replace: bool = True,
+    ) -> None:  # fmt: skip
+        """Store blocks; returns once they are as lasting as the store's `durability`.
+
+        A reader, and a get from here, finds a block from then on. The rows must not be written to meanwhile. If it
+        fails or is cancelled, some of the blocks may have been stored, whole.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+            What a key held before is given up for what it is put with last.
+        rows : DescriptorList
+            One block a key.
+        prefix : bytes or None
+            Which sequence they belong to: they are laid behind those that were put with the same one before, so that
+            they are read together.
+        pin : bool
+            Pin them too.
+        replace : bool
+            False: blocks of keys that are here are not written again. For keys that are hashes of the content.
+
+        Raises
+        ------
+        StoreFullError
+            The disk is full, or there is no room that is not pinned. Nothing that was acknowledged is lost by it.
+        StoreError
+            It could not be made lasting.
+        DescriptorError
+            The rows are not one block a key, or a key is wrong.
+        AccessError
+            The store was opened for reading.
+        ClosedError
+            The store is closed.
+        TransferError
+            The blocks could not be written.
+        """
+        commits, space = self._writer("put")
+        self._check_rows(keys, rows)
+        async with self._operation():
+            for piece, which in self._pieces(keys):
+                await self._put(commits, space, piece, which, rows, prefix, pin=pin, replace=replace)
+
+    async def _put(
+        self, commits: Commits, space: Space, keys: Packed, which: Int64s, rows: DescriptorList, prefix: bytes | None,
+        *, pin: bool, replace: bool,
+    ) -> None:  # fmt: skip
+        if not replace:
+            here = self._index.pin(keys, 1) if pin else self._index.lookup(keys)[0] >= 0
+            keys, which = keys[~here], which[~here]
+        if not len(keys):
+            return
+        commits.check()
+        blocks = await space.take(len(keys), prefix)
+        try:
+            found = await self._move_and_check("put", rows, which, blocks)
+        except BaseException as error:
+            space.give(blocks)
+            raise _no_room(self.path, error) from error
+        slabs = frozenset(np.unique(blocks // self._identity.slab_blocks).tolist())
+        known = found is not None
+        sums = found if found is not None else np.zeros(len(blocks), np.uint32)
+        await commits.hold(keys, blocks, sums, unchecked=not known, pin=pin, slabs=slabs)
+        self._counters["puts"] += len(blocks)
+
+    async def get(self, keys: Sequence[bytes], rows: DescriptorList) -> Bools:
+        """Read blocks.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+        rows : DescriptorList
+            One block a key, to be written to.
+
+        Returns
+        -------
+        (n,) bool
+            Which keys were here. The rows of those that were not are left as they are. Also False where a block
+            proves damaged, or a reader finds that the writer has just given it up, while it is read: such a block is
+            never served, and its rows hold nothing of use.
+
+        Raises
+        ------
+        DescriptorError
+            The rows are not one block a key, or a key is wrong.
+        AccessError
+            The rows must not be written to.
+        StoreError
+            The journal cannot be read.
+        ClosedError
+            The store is closed.
+        TransferError
+            The blocks could not be read.
+        """
+        self._check_open()
+        self._check_rows(keys, rows)
+        hits = np.zeros(len(keys), np.bool_)
+        async with self._operation():
+            for piece, which in self._pieces(keys):
+                hits[which] = await self._get(piece, which, rows)
+        count = int(hits.sum())
+        self._counters["hits"] += count
+        self._counters["misses"] += len(hits) - count
+        return hits
+
+    async def _get(self, keys: Packed, which: Int64s, rows: DescriptorList) -> Bools:
+        hits = np.zeros(len(keys), np.bool_)
+        asked = np.arange(len(keys))
+        for attempt in range(_ATTEMPTS):
+            await self._follow()
+            got, again = await self._try_to_get(keys[asked], which[asked], rows, last=attempt == _ATTEMPTS - 1)
+            hits[asked[got]] = True
+            asked = asked[again]
+            if not len(asked):
+                break
+            self._counters["moved_away"] += len(asked)
+        return hits
+
+    async def _try_to_get(
+        self, keys: Packed, which: Int64s, rows: DescriptorList, *, last: bool
+    ) -> tuple[Int64s, Int64s]:
+        """Read blocks once; the numbers of the keys that were got, and of those that the writer has moved meanwhile."""
+        index = self._index
+        blocks, sequences, sums, checked = index.lookup(keys, hold=True)
+        try:
+            found = np.flatnonzero(blocks >= 0)
+            if not in_host_memory(rows):  # nobody can look at these
+                trusted = sequences[found] >= self._trusted_now()
+                found = found[trusted]
+            found = found[np.argsort(blocks[found], kind="stable")]
+            if not len(found):
+                return found, found
+            good, same = await self._read_blocks(
+                rows, which[found], blocks[found], sequences[found], sums[found], checked[found], last=last
+            )
+            return found[good & same], found[~same]
+        finally:
+            if index.release(blocks):
+                self._changed()
+
+    async def _read_blocks(
+        self, rows: DescriptorList, which: Int64s, blocks: Int64s, sequences: Uint64s, sums: Uint32s, checked: Bools, *,
+        last: bool,
+    ) -> tuple[Bools, Bools]:  # fmt: skip
+        try:
+            seen = await self._move_and_check("get", rows, which, blocks)
+        except XferError:
+            # A reader may be reading a slab that has been cut; where nothing has moved, the error is one.
+            same = await self._still(blocks, sequences)
+            if same.all() or last:
+                raise
+            return np.zeros(len(blocks), np.bool_), np.zeros(len(blocks), np.bool_)
+        same = await self._still(blocks, sequences)
+        good = np.ones(len(blocks), np.bool_) if seen is None else (seen == sums) | ~checked
+        damaged = same & ~good
+        if damaged.any():
+            self._counters["damaged"] += int(damaged.sum())
+            if self._commits is not None:
+                self._commits.forget(self._index.remove_blocks(blocks[damaged], sequences[damaged]))
+        return good, same
+
+    async def _still(self, blocks: Int64s, sequences: Uint64s) -> Bools:
+        """Tell of each block whether it holds what it held before it was read."""
+        if self._follower is None:
+            return np.ones(len(blocks), np.bool_)  # held blocks are not given out anew
+        await self._follow()
+        return self._index.unchanged(blocks, sequences)
+
+    async def contains(self, keys: Sequence[bytes]) -> Bools:
+        """Tell of each key whether it is here; that is no use of it.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+
+        Returns
+        -------
+        (n,) bool
+
+        Raises
+        ------
+        DescriptorError
+            A key is wrong.
+        StoreError
+            The journal cannot be read.
+        ClosedError
+            The store is closed.
+        """
+        self._check_open()
+        found = np.zeros(len(keys), np.bool_)
+        async with self._operation():
+            await self._follow()
+            for piece, which in self._pieces(keys):
+                found[which] = self._index.contains(piece)
+                await self._pause(which)
+        return found
+
+    async def delete(self, keys: Sequence[bytes]) -> Bools:
+        """Give up blocks, pinned ones too; returns once that is as lasting as the store's `durability`.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+
+        Returns
+        -------
+        (n,) bool
+            Which keys were here.
+
+        Raises
+        ------
+        StoreFullError, StoreError
+            It could not be recorded: after the end of the process the blocks may be there again.
+        DescriptorError
+            A key is wrong.
+        AccessError
+            The store was opened for reading.
+        ClosedError
+            The store is closed.
+        """
+        commits, _ = self._writer("delete")
+        found = np.zeros(len(keys), np.bool_)
+        async with self._operation():
+            for piece, which in self._pieces(keys):
+                found[which], blocks = self._index.remove(piece)
+                self._counters["deleted"] += len(blocks)
+                await commits.clear(blocks)
+        return found
+
+    async def pin(self, keys: Sequence[bytes]) -> Bools:
+        """Keep blocks from being evicted until they are unpinned as often, or the store is closed.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+
+        Returns
+        -------
+        (n,) bool
+            Which keys are here, and so are pinned now.
+
+        Raises
+        ------
+        DescriptorError
+            A key is wrong.
+        AccessError
+            The store was opened for reading.
+        ClosedError
+            The store is closed.
+        """
+        return await self._pin(keys, 1)
+
+    async def unpin(self, keys: Sequence[bytes]) -> Bools:
+        """Take back one `pin` of each key.
+
+        Parameters
+        ----------
+        keys : sequence of bytes
+
+        Returns
+        -------
+        (n,) bool
+            Which keys were pinned.
+
+        Raises
+        ------
+        DescriptorError
+            A key is wrong.
+        AccessError
+            The store was opened for reading.
+        ClosedError
+            The store is closed.
+        """
+        return await self._pin(keys, -1)
+
+    async def _pin(self, keys: Sequence[bytes], change: int) -> Bools:
+        self._writer("pin")
+        done = np.zeros(len(keys), np.bool_)
+        async with self._operation():
+            for piece, which in self._pieces(keys):
+                done[which] = self._index.pin(piece, change)
+                await self._pause(which)
+        self._changed()
+        return done
+
+    async def compact(self) -> None:
+        """Write the index anew, without what the journal has gathered. It happens by itself too.
+
+        Raises
+        ------
+        StoreError
+            It could not be written; the journal counts on.
+        AccessError
+            The store was opened for reading.
+        ClosedError
+            The store is closed.
+        """
+        commits, _ = self._writer("compact")
+        async with self._operation():
+            try:
+                await commits.compact()
+            except OSError as error:
+                raise StoreError(f"{self.path} cannot be compacted: {error.strerror}") from error
+
+    def stats(self) -> dict[str, int]:
+        """Counters since it was opened, and what there is.
+
+        Returns
+        -------
+        dict
+            ``"blocks"``, ``"bytes"``, ``"limit"`` (blocks that the budget allows), ``"pinned"``, ``"evicted"``,
+            ``"puts"``, ``"hits"``, ``"misses"``, ``"deleted"``, ``"damaged"`` (blocks that proved to be),
+            ``"moved_away"`` (blocks that the writer gave up under a reader), ``"slabs"`` (open here),
+            ``"index_bytes"``, ``"compactions"``, ``"generation"`` (of the journal).
+        """
+        index, commits = self._index, self._commits
+        return {
+            "blocks": index.count,
+            "bytes": index.count * self.block_bytes,
+            "limit": index.limit,
+            "pinned": index.pinned,
+            "evicted": self._space.evicted if self._space else 0,
+            **self._counters,
+            "slabs": len(self._slabs),
+            "index_bytes": index.nbytes,
+            "compactions": commits.compactions if commits else 0,
+            "generation": commits.generation if commits else 0,
+        }
+
+    # ---- parts of it ---------------------------------------------------------------------------------------------
+
+    @property
+    def _index(self) -> BlockIndex:
+        if self._own_index is not None:
+            return self._own_index
+        assert self._follower is not None
+        return self._follower.index
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the store {self.path} was closed")
+
+    def _writer(self, what: str) -> tuple[Commits, Space]:
+        self._check_open()
+        if self._commits is None or self._space is None:
+            raise AccessError(f"{what} needs a store opened with mode 'w'; {self.path} was opened with mode 'r'")
+        return self._commits, self._space
+
+    def _check_rows(self, keys: Sequence[bytes], rows: DescriptorList) -> None:
+        region = getattr(rows, "region", None)
+        if not isinstance(region, Region):
+            raise DescriptorError(f"rows are {rows!r}; expected descriptors of a region of the store's agent")
+        if rows.nbytes != len(keys) * self.block_bytes:
+            raise DescriptorError(
+                f"{len(keys):,} keys need rows of {len(keys) * self.block_bytes:,} bytes, blocks of "
+                f"{self.block_bytes:,} each; these have {rows.nbytes:,}"
+            )
+
+    @contextlib.asynccontextmanager
+    async def _operation(self) -> AsyncIterator[None]:
+        self._running += 1
+        try:
+            yield
+            await self._let_others()
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def _let_others(self) -> None:
+        """Let the loop turn where calls that needed not wait have kept it for a while."""
+        loop = asyncio.get_running_loop()
+        if self._turn is None:
+            self._turn = loop.time()
+            loop.call_soon(self._turned)
+        elif loop.time() - self._turn > _TURN_SECONDS:
+            await asyncio.sleep(0)
+
+    def _turned(self) -> None:
+        self._turn = None
+
+    def _pieces(self, keys: Sequence[bytes]) -> Generator[tuple[Packed, Int64s], None, None]:
+        """Give keys in the form that the index takes, and their numbers, as many as are handled at once."""
+        most = max(1, min(_PIECE, _PIECE_BYTES // self.block_bytes))
+        for start in range(0, len(keys), most):
+            part = keys[start : start + most]
+            try:
+                packed = pack(part)
+            except (TypeError, ValueError) as error:
+                raise DescriptorError(f"{error} (counted from key {start})" if start else str(error)) from error
+            yield packed, np.arange(start, start + len(part))
+
+    async def _pause(self, which: Int64s) -> None:
+        """Let the loop turn between pieces of a long list."""
+        if len(which) == _PIECE:
+            await asyncio.sleep(0)
+
+    async def _move_and_check(self, op: str, rows: DescriptorList, which: Int64s, blocks: Int64s) -> Uint32s | None:
+        """Move blocks, and give the checksums of what lies in the rows; None where the processor cannot read them."""
+        looks = in_host_memory(rows)
+        if op == "get" or not looks:
+            await self._slabs.move(op, rows, which, blocks)
+            return await self._checksums(rows, which) if looks else None
+        checking = asyncio.ensure_future(self._checksums(rows, which))
+        try:
+            await self._slabs.move(op, rows, which, blocks)
+        finally:
+            while not checking.done():
+                await asyncio.wait([checking])
+        return checking.result()
+
+    async def _checksums(self, rows: DescriptorList, which: Int64s) -> Uint32s:
+        assert isinstance(rows.region, Region)
+        memory = rows.region.memory  # kept until they are worked out
+        addresses = np.array([segment.address for segment in memory.segments], np.uint64)
+        runs = chosen_rows(rows, which, self.block_bytes).runs
+        if len(which) * self.block_bytes <= _INLINE_BYTES:
+            return checksums(runs, addresses, self.block_bytes)
+        found: Uint32s = await self._in_thread(checksums, runs, addresses, self.block_bytes)
+        return found
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run what may block; to its end, also if nobody waits for it any more."""
+        return await _to_the_end(asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments))
+
+    def _changed(self) -> None:
+        if self._space is not None:
+            self._space.changed()
+
+    def _trusted_now(self) -> int:
+        return self._follower.trusted if self._follower is not None else self._trusted
+
+    async def _follow(self) -> None:
+        """Take note of what the writer has acknowledged by now."""
+        follower = self._follower
+        if follower is None:
+            return
+        async with self._following:
+            more = follower.glance()
+            while more is not False:
+                try:
+                    more = await self._in_thread(follower.read_some) or False
+                except OSError as error:
+                    raise StoreError(f"the journal of {self.path} cannot be read: {error.strerror}") from error
+
+
+async def _to_the_end(future: asyncio.Future[Any]) -> Any:
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        future.exception()
+        raise cancelled
+    return future.result()
+
+
+def _no_room(path: Path, error: BaseException) -> BaseException:
+    """Say that the disk is full where that is why; else the error as it is."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StoreFullError(
+                f"the disk under {path} is full; what was acknowledged is kept. Free space, or open the store with a "
+                f"smaller budget ({error})"
+            )
+        cause = cause.__cause__
+    return error
