@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 # cython: auto_pickle=False, autotestdict=False
-"""The index of a block store: which key lies in which block of the slabs, in what order they were used, and its records.
+"""The index of a block store: which key lies in which block, in what order they were used, and records of that.
 
 A block has a number, and everything known of it is the entry of that number, 64 bytes; keys are found through shards of
 open addressing that grow one at a time, so that no single call pays for a table of millions. There is no Python object
@@ -535,7 +535,7 @@ cdef class BlockIndex:
     # -- taking away
 
     def remove(self, const uint8_t[:, ::1] packed) -> tuple[Bools, Int64s]:
-        """Forget keys, pinned ones too; of each whether it was here, and the blocks, whose records are to be written."""
+        """Forget keys, pinned ones too; of each whether it was here, and the blocks, of which no record says so yet."""
         cdef Py_ssize_t n = packed.shape[0], i, m = 0
         cdef const key_t* keys = _keys(packed)
         cdef int64_t block
@@ -682,7 +682,7 @@ cdef class BlockIndex:
 
     def install(self, const uint8_t[:, ::1] packed, const int64_t[::1] blocks, const uint64_t[::1] sequences,
                 const uint32_t[::1] checksums, *, bint unchecked=False, bint pin=False) -> Int64s:
-        """Have allocated blocks hold these keys from now on; the blocks that held a key of them before, now forgotten."""
+        """Have allocated blocks hold these keys from now on; the blocks that held one of them before, now forgotten."""
         cdef Py_ssize_t n = packed.shape[0], i, m = 0
         cdef const key_t* keys = _keys(packed)
         cdef uint64_t hashed

@@ -179,10 +179,19 @@ class Commits:
                     await self._rotate()
                 batch, self._queue = self._queue, []
                 if batch:
-                    await self._commit(batch)
+                    await self._commit_or_stop(batch)
                     self._consider_compacting()
         finally:
             self._running = None
+
+    async def _commit_or_stop(self, batch: list[_Change]) -> None:
+        try:
+            await self._commit(batch)
+        except MemoryError:
+            self._bad = f"{self._directory}: there is no memory for the index; open the store again"
+            for change in batch:
+                if not change.done.done():
+                    change.done.set_exception(StoreError(self._bad))
 
     async def _commit(self, batch: list[_Change]) -> None:
         owed, self._owed = self._owed, []
@@ -192,6 +201,7 @@ class Commits:
         given_up = self._records_of_clears(clears)
         holding = self._records_of_sets(sets, first + len(given_up) // RECORD_BYTES)
         slabs: set[int] = set().union(*(change.slabs for change in sets))
+        self._sequence += (len(given_up) + len(holding)) // RECORD_BYTES  # whatever becomes of them
         try:
             self.check()
             failure = await self._in_thread(self._write, slabs, given_up, holding)
@@ -204,7 +214,6 @@ class Commits:
             if failure is not None:
                 self._fail(sets, failure)
                 holding.clear()
-            self._sequence += (len(given_up) + len(holding)) // RECORD_BYTES
             self.records += (len(given_up) + len(holding)) // RECORD_BYTES
             if failure is None:
                 await self._tell(sets, first + len(given_up) // RECORD_BYTES)
