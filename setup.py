@@ -43,6 +43,7 @@ setup(
         [extension(source) for source in sorted(FAST.glob("*.pyx"))],
         build_dir="build/cython",  # generated C stays out of the source tree and out of the wheel
         annotate=ANNOTATE,
+        nthreads=os.cpu_count() or 1,
         compiler_directives={"language_level": "3", "linetrace": LINETRACE, "profile": LINETRACE},
     ),
     options={"build_ext": {"parallel": os.cpu_count()}},

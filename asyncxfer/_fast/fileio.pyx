@@ -16,8 +16,8 @@ from libc.string cimport memset
 from asyncxfer._fast.completion cimport FAILED, OK, Completion, op_finish, op_t
 from asyncxfer._fast.fileflight cimport *
 from asyncxfer._fast.filework cimport (
-    MOST_IOVECS, SYNC_FULL, SYNC_NONE, FileWork, axf_file_move, axf_file_sync, axf_iov_rest, file_t, filework_t, gate_t, iovec,
-    request_t,
+    MOST_IOVECS, SYNC_FULL, SYNC_NONE, FileWork, axf_file_move, axf_file_size, axf_file_sync, axf_iov_rest, file_t,
+    filework_t, gate_t, iovec, request_t,
 )
 from asyncxfer._fast.native cimport *
 from asyncxfer._fast.pthread cimport *
@@ -312,6 +312,8 @@ cdef bint run_inline(const filework_t* w, Completion completion) noexcept:
                 axf_store(&w.file.can_refuse, 0)
             completion.queue.held_ns += axf_now() - op.started
             return False
+    if not w.write and axf_file_size(w.file.fd) < w.end:
+        return False                    # cut meanwhile: what was read of its last page may be zeros
     end_inline(completion, OK)
     completion.queue.held_ns += op.ended - op.started
     return True
