@@ -134,7 +134,7 @@ class Plan:
             flights.discard(transfer)
             raise
         if transfer.inlined:
-            transfer._account()
+            transfer._settled_inline()
         return transfer
 
     def select(self, local_rows: npt.ArrayLike, remote_rows: npt.ArrayLike) -> Plan:
@@ -196,7 +196,7 @@ class Notice:
         self._flights.add(transfer)
         transfer.end_now()
         if transfer.inlined:
-            transfer._account()
+            transfer._settled_inline()
         return transfer
 
 

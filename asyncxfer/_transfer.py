@@ -324,6 +324,13 @@ class Transfer(Completion):
         self._account()
         self._wake()
 
+    def _settled_inline(self) -> None:
+        """It ended within the call that posted it, in whatever thread that was; the queue hears nothing of it."""
+        self._ended = True
+        self._account()
+        if self._waiters:  # another thread has seen it in the middle of that call, and waits
+            self._flights.loop.call_soon_threadsafe(self._wake)
+
     def _progressed(self) -> None:
         self._wake()
 

@@ -343,6 +343,30 @@ async def test_an_agent_is_closed_under_threads_that_post(cast: Cast) -> None:
         await threads
 
 
+async def test_a_close_waits_for_what_a_thread_is_posting(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known to be in flight, and then ends within the call that posts it."""
+    pair = await to_far(cast, "mapped")
+    small = cast.here.prepare("put", pair.region.bytes[:64], pair.peer["far"].bytes[:64])
+    flights = cast.here._live.flights  # type: ignore[union-attr]
+    add, entered, go_on = flights.add, threading.Event(), threading.Event()
+
+    def linger(transfer: Transfer) -> None:
+        add(transfer)
+        entered.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(flights, "add", linger)
+    posting = asyncio.ensure_future(asyncio.to_thread(small))
+    await asyncio.to_thread(entered.wait, 10)
+    closing = asyncio.ensure_future(cast.here.aclose())
+    async with within():
+        while not flights.all()[0]._waiters:
+            await asyncio.sleep(0)
+        go_on.set()
+        assert (await posting).inlined
+        await closing
+
+
 # ---- other loops --------------------------------------------------------------------------------------------------
 
 
