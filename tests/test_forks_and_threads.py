@@ -360,7 +360,7 @@ async def test_a_close_waits_for_what_a_thread_is_posting(cast: Cast, monkeypatc
     await asyncio.to_thread(entered.wait, 10)
     closing = asyncio.ensure_future(cast.here.aclose())
     async with within():
-        while not flights.all()[0]._waiters:
+        while not flights.all()[0]._waiters:  # noqa: ASYNC110 - it is a turn of this loop that is waited for
             await asyncio.sleep(0)
         go_on.set()
         assert (await posting).inlined
