@@ -270,7 +270,7 @@ def test_a_child_of_a_process_that_uses_ucx_is_told_so() -> None:
 # ---- what a context is made with ----------------------------------------------------------------------------------
 
 ALWAYS = {"RNDV_THRESH": "inf", "KEEPALIVE_INTERVAL": "1s"}
-TCP = {"ZCOPY_THRESH": "8k", "TCP_RX_SEG_SIZE": "160k"}
+TCP = {"ZCOPY_THRESH": "8k"}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ cdef enum:
     SHARE_NS = 50_000           # of a turn, before the next transfer has its
     WINDOW_BYTES = 64 << 20     # that UCX holds of one transfer
     WINDOW_POSTS = 8192
-    PACKS = 16                  # packed requests of one transfer that wait for their answers
+    PACKS = 8                   # packed requests of one transfer that wait for their answers
     LOOK_POSTS = 16             # at the clock, after so many posts
     LOOK_BYTES = 256 << 10      # or so many bytes
     GRACE_NS = 250_000_000      # for UCX to let go of what ends early

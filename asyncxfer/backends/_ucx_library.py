@@ -66,10 +66,9 @@ _AT_LOAD = {
     "UCX_MEMTYPE_CACHE": "n",
 }
 
-# UCX's tcp sends messages of 8 KiB and more from where they lie (its own choice is to copy them into pieces of 8 KiB,
-# with a system call for each: a third of the speed), and a whole one of ours comes in one piece, which need not be put
-# together first. See docs/performance.md.
-_FOR_TCP = {"ZCOPY_THRESH": "8k", "TCP_RX_SEG_SIZE": "160k"}
+# From here on UCX's tcp sends messages from where they lie. Its own choice is to copy them into pieces of 8 KiB, with a
+# system call for each: a third of the speed, see docs/performance.md.
+_TCP_ZCOPY = "8k"
 
 _lock = threading.Lock()
 # At most one, with the process, the options and the number of workers that it was made with.
@@ -299,7 +298,7 @@ def options(config: Config) -> dict[str, str]:
             )
         devices = devices or "lo"
         _refuse_open(devices, config)
-        chosen |= _FOR_TCP
+        chosen["ZCOPY_THRESH"] = _TCP_ZCOPY
     if devices is not None:
         chosen["NET_DEVICES"] = devices
     return chosen

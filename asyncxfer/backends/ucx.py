@@ -78,7 +78,7 @@ _NUMBER = struct.Struct(">Q")
 # it has sent for a put the target writes whenever it comes to it, region or no region, and UCX's tcp (1.21, 1.22) uses
 # a connection after it was freed when its endpoint was closed by force in the middle of a put.
 _DIRECT = ("cma", "knem", "xpmem", "rc_", "dc_", "srd", "gga_", "cuda_ipc")
-_PACKED_CHUNK_BYTES = 128 << 10
+_PACKED_CHUNK_BYTES = 256 << 10
 
 
 @dataclass(slots=True, eq=False)

@@ -64,7 +64,7 @@ def is_repeated(case: Case) -> bool:
     shape = case.shape
     if shape.contiguous or not case.prepared:
         return False
-    return shape.length >= _LARGE if shape.count == 1 else shape.one and shape.count >= _WINDOW
+    return shape.one and (shape.length >= _LARGE or shape.count >= _WINDOW)
 
 
 class Perftest:

@@ -28,6 +28,7 @@ _SHAPE = re.compile(rf"(?P<count>\d+)x(?P<size>\d+)(?P<unit>[KMG]iB|B|)(?P<lie>{
 
 #: Bytes that a round moves at least, by repeating a small shape, up to this many times and rows.
 _ROUND_BYTES = 32 << 20
+_LONG_ROUND_BYTES = 512 << 20
 _MOST_REPEATS = 2000
 _MOST_ROWS = 1 << 16
 
@@ -90,6 +91,8 @@ class Shape:
     @property
     def repeats(self) -> int:
         """Transfers that are awaited one after the other in a round."""
+        if self.one:  # as much as ucx_perftest moves, which warms up in every round
+            return max(1, _LONG_ROUND_BYTES // self.nbytes)
         return max(1, min(_MOST_REPEATS, _MOST_ROWS // self.count, _ROUND_BYTES // self.nbytes))
 
 
@@ -107,6 +110,7 @@ UCX_SHAPES = (
     Shape(20000, 4 << 10, contiguous=True),
     Shape(256, 4 << 10, one=True),
     Shape(32, 64 << 10, one=True),
+    Shape(8, 64 << 20, one=True),
 )
 
 
