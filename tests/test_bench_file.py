@@ -186,6 +186,7 @@ def test_fio_stands_beside_large_blocks_only() -> None:
         (["--folder", "."], "--folder is for --over file"),
         (["--backend", "uring"], "--backend is for --over file"),
         (["--over", "file", "--notify"], "--notify is not for --over file"),
+        (["--over", "file", "--shapes", "32x64KiB/one"], "one row many times is not for --over file"),
         (["--over", "file", "--idle", "1"], "--idle is not for --over file"),
         (["--over", "file", "--in-flight", "5"], "--in-flight is not for --over file"),
         (["--over", "file", "--memory", "mapped"], "--memory is not for --over file"),

@@ -289,6 +289,22 @@ async def test_a_stopped_process_is_suspect_until_it_goes_on(server: Server) -> 
     await cast.leave()
 
 
+async def test_each_side_feels_that_the_other_is_alive_without_a_frame() -> None:
+    async with Agent("a") as a, Agent("b") as b:
+        await a.connect("b")
+        (line,) = a._live.peers._lines.values()  # type: ignore[union-attr]
+        (incoming,) = b._live.peers.acceptor.incoming  # type: ignore[union-attr]
+        ends = (line.outgoing.channel, incoming.channel)
+        for near, far in (ends, ends[::-1]):
+            near.feel()
+            near.heard = 0.0
+            near.feel()
+            assert near.heard == 0.0, "nothing has come from the other side"
+            far.feel()
+            near.feel()
+            assert near.heard > 0.0
+
+
 @pytest.mark.parametrize("theirs", [0.4, 30.0], ids=["both show themselves", "it has to be asked"])
 async def test_nobody_is_suspect_who_only_does_nothing(server: Server, theirs: float) -> None:
     """What agents of one host show each other counts, and a peer that shows itself seldom is asked."""

@@ -256,6 +256,8 @@ def _senseless_over_file(arguments: argparse.Namespace) -> str:
             return f"--{option.replace('_', '-')} is not for --over file"
     if "unprepared" in arguments.lists:
         return "--lists unprepared is not for --over file"
+    if any(shape.one for shape in arguments.shapes or []):
+        return "one row many times is not for --over file"
     if "direct" in (arguments.way or ["direct"]):
         for shape in arguments.shapes or []:
             if shape.length % _BLOCK:

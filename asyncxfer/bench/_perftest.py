@@ -1,9 +1,9 @@
 """What UCX itself does without anything around it: ucx_perftest, from the wheel of libucx or from PATH.
 
 Its puts and gets are of one message after the other from and to the same memory, at most 32 of them under way, so it
-stands beside cases that are one row as many times, posted as one transfer, and beside one large row. It runs with
-error handling and `RNDV_THRESH=inf`, as ours does, because UCX picks other protocols without. Each round is a server
-and a client, which end with it; nobody looks at their bytes. It knows cases and places, and nothing of other systems.
+stands beside cases that are one row as many times, posted as one transfer. It runs with error handling and
+`RNDV_THRESH=inf`, as ours does, because UCX picks other protocols without. Each round is a server and a client, which
+end with it; nobody looks at their bytes. It knows cases and places, and nothing of other systems.
 
 Both processes spin from beginning to end, so their CPU time is not measured: it is twice the time of a round.
 """
