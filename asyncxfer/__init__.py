@@ -9,6 +9,7 @@ from ._chooser import Candidate, Explanation
 from ._config import Config
 from ._credentials import Certificates, PreSharedKey
 from ._descriptors import DescriptorList, MemoryKind
+from ._done import Done
 from ._errors import (
     AccessError,
     BackendError,
@@ -28,7 +29,7 @@ from ._inbox import Notification
 from ._peer import Peer, PeerEvent, PeerState
 from ._plan import Plan
 from ._region import Opening, Region, RemoteRegion
-from ._transfer import Done, Transfer
+from ._transfer import Transfer
 
 __version__ = "0.1.0.dev0"
 

@@ -11,7 +11,6 @@ import os
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -550,7 +549,7 @@ class Agent:
         )  # fmt: skip
         return Plan(
             live.backends[taken.backend], request, route=taken, local=local, remote=remote, flights=live.flights,
-            peer=peer,
+            counter=live.flights.counter(peer, taken.backend, op),
         )  # fmt: skip
 
     def explain(self, op: Op, local: DescriptorList, remote: DescriptorList) -> Explanation:
@@ -626,7 +625,7 @@ class Agent:
         live = self._started()
         sent: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
         for (peer, backend, op), counter in live.flights.counters.items():
-            sent.setdefault(peer, {}).setdefault(backend, {})[op] = asdict(counter)
+            sent.setdefault(peer, {}).setdefault(backend, {})[op] = counter.figures()
         served: dict[str, dict[str, int]] = {}
         for incoming in live.peers.acceptor.incoming:
             total = served.setdefault(incoming.name, {})

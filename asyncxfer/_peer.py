@@ -156,6 +156,7 @@ class Peer:
 
     def add(self, region: RemoteRegion) -> None:
         """Note a region of the peer."""
+        region.closed = self.lost
         self._regions[region.name] = region
         self._wake()
 
@@ -163,7 +164,7 @@ class Peer:
         """Forget a region of the peer."""
         for name, region in self._regions.items():
             if region.info.id == id:
-                region.removed = True
+                region.closed = f"peer {self.name!r} has deregistered its region {region.name!r}"
                 return self._regions.pop(name)
         return None
 
@@ -175,6 +176,8 @@ class Peer:
         """Note that the peer is gone."""
         self.state = state
         self.lost = why
+        for region in self._regions.values():
+            region.closed = why
         self._wake()
 
     def _wake(self) -> None:

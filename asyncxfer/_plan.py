@@ -16,8 +16,9 @@ from ._chooser import Candidate
 from ._descriptors import DescriptorList
 from ._errors import DescriptorError
 from ._fast import descriptors as _rows
-from ._transfer import Flights, Side, Transfer
-from .abc import Backend, Op, Request
+from ._fast.posting import Counter, Posted, Poster, Usable
+from ._transfer import Flights, Transfer
+from .abc import Backend, Request
 
 if TYPE_CHECKING:
     from ._fast.link import Link
@@ -25,8 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["Notice", "Plan", "match"]
 
 
-class Plan:
+class Plan(Poster):
     """A transfer that was checked, matched and routed once, to be made many times: ``await plan()``.
+
+    ``plan(*, notify=None, timeout=None, priority=0)`` posts one transfer and gives its `Transfer`. `notify`, bytes, is
+    the tag that the peer receives once the data is visible there; `timeout` is in seconds; `priority` above 0 goes
+    before, below 0 after what is in flight with 0. It raises ClosedError when the agent or a region has been closed,
+    and PeerLostError when the peer is gone.
 
     Attributes
     ----------
@@ -39,35 +45,23 @@ class Plan:
         The one that carries it.
     """
 
-    __slots__ = (
-        "_backend", "_flights", "_local", "_prepared", "_remote", "_request", "backend", "counter", "descriptors",
-        "link", "local", "nbytes", "op", "remote", "route",
-    )  # fmt: skip
+    __slots__ = ("_backend", "_prepared", "_request", "local", "remote", "route")
 
     def __init__(
         self, backend: Backend, request: Request, *, route: Candidate, local: DescriptorList, remote: DescriptorList,
-        flights: Flights, peer: str,
+        flights: Flights, counter: Counter,
     ) -> None:  # fmt: skip
-        self.op = request.op
+        super().__init__(
+            flights, request.op, nbytes=request.nbytes, descriptors=len(local), backend=backend.name, counter=counter,
+            sides=(cast(Usable, local.region), cast(Usable, remote.region)), link=request.link,
+        )  # fmt: skip
         self.local = local
         self.remote = remote
-        self.nbytes = request.nbytes
-        self.descriptors = len(local)
         self.route = route
-        self.link = request.link
-        self._local = cast(Side, local.region)
-        self._remote = cast(Side, remote.region)
-        self.backend: str = backend.name
         self._backend = backend
         self._request = request
-        self._prepared = backend.prepare(request)
-        self._flights = flights
-        self.counter = flights.counter(peer, backend.name, request.op)
-
-    @property
-    def sides(self) -> tuple[Side, Side]:
-        """The two regions."""
-        return self._local, self._remote
+        self._prepared: object = backend.prepare(request)
+        self.arm(self._prepared)
 
     def row_ends(self) -> npt.NDArray[np.uint64]:
         """Where in the stream each row of the local list ends: (descriptors,) uint64, bytes."""
@@ -88,41 +82,26 @@ class Plan:
 
     def __str__(self) -> str:
         to = "to" if self.op == "put" else "from"
-        return f"{self.op} of {self.nbytes:,} bytes {to} {self._remote.name!r} by {self.route.route}"
+        return f"{self.op} of {self.nbytes:,} bytes {to} {self.sides[1].name!r} by {self.route.route}"
 
-    def __call__(self, *, notify: bytes | None = None, timeout: float | None = None, priority: int = 0) -> Transfer:
-        """Post one transfer.
+    if TYPE_CHECKING:
 
-        Parameters
-        ----------
-        notify : bytes or None
-            Tag that the peer receives once the data is visible there.
-        timeout : float or None, seconds
-        priority : int
-            Above 0 before, below 0 after what is in flight with 0.
+        def __call__(self, *, notify: bytes | None = None, timeout: float | None = None, priority: int = 0) -> Transfer:
+            """Post one transfer; see the class."""
 
-        Returns
-        -------
-        Transfer
+    def _check(self, notify: bytes | None, timeout: float | None) -> None:
+        self.flights.check_note(notify, timeout)
+        if notify is not None and self.link is None:
+            raise DescriptorError("notify= needs a peer; both sides of this transfer belong to this agent")
 
-        Raises
-        ------
-        ClosedError
-            The agent or a region has been closed.
-        PeerLostError
-            The peer is gone.
-        """
-        flights = self._flights
-        if flights.closed is not None:
-            flights.check_open()
-        self._local.check_open()
-        self._remote.check_open()
-        if notify is not None or timeout is not None:
-            flights.check_note(notify, timeout)
-            if notify is not None and self.link is None:
-                raise DescriptorError("notify= needs a peer; both sides of this transfer belong to this agent")
-        transfer = Transfer(self, flights, notify, timeout)
-        flights.add(transfer)
+    def _refuse(self) -> None:
+        """Say what has been closed: agent or region, or the peer is gone."""
+        self.flights.check_open()
+        for side in self.sides:
+            side.check_open()
+
+    def _post(self, transfer: Transfer, notify: bytes | None, priority: int) -> None:
+        """Have the backend carry a transfer that was not done at once, and is held by now."""
         announced = notify is not None and not self._small and not self._backend.carries_notes
         if announced:
             transfer.announce()  # before the data can be there: the two must not overtake each other
@@ -131,11 +110,10 @@ class Plan:
         except BaseException as error:
             if announced:
                 transfer.abandon(error)  # the receiver is told, too
-            flights.discard(transfer)
+            self.flights.discard(transfer)
             raise
         if transfer.inlined:
             transfer._settled_inline()
-        return transfer
 
     def select(self, local_rows: npt.ArrayLike, remote_rows: npt.ArrayLike) -> Plan:
         """Return a plan for some of the rows, by their numbers in the two lists, without routing again.
@@ -154,27 +132,22 @@ class Plan:
         pairs = match(local, remote)
         rows = int(pairs["count"].sum())
         request = replace(self._request, pairs=pairs, nbytes=local.nbytes, rows=rows)
-        plan = Plan.__new__(Plan)
-        for name in ("op", "route", "link", "backend", "_local", "_remote", "_backend", "_flights", "counter"):
-            setattr(plan, name, getattr(self, name))
-        plan.local, plan.remote, plan.nbytes, plan.descriptors = local, remote, local.nbytes, len(local)
-        plan._request, plan._prepared = request, self._backend.prepare(request)
-        return plan
+        return Plan(
+            self._backend, request, route=self.route, local=local, remote=remote, flights=self.flights,
+            counter=self.counter,
+        )  # fmt: skip
 
 
-class Notice:
+class Notice(Posted):
     """What stands for a plan where nothing moves: the connection by which bare notifications go to one peer."""
 
-    op: Op = "put"
-    nbytes = 0
-    descriptors = 0
-    backend = "control"
-    sides: tuple[Side, ...] = ()
+    __slots__ = ("_peer",)
 
     def __init__(self, flights: Flights, peer: str, link: Link) -> None:
-        self.link: Link | None = link
-        self.counter = flights.counter(peer, self.backend, self.op)
-        self._flights = flights
+        super().__init__(
+            flights, "put", nbytes=0, descriptors=0, backend="control", sides=(), link=link,
+            counter=flights.counter(peer, "control", "put"),
+        )  # fmt: skip
         self._peer = peer
 
     def __str__(self) -> str:
@@ -190,10 +163,11 @@ class Notice:
 
     def send(self, tag: bytes) -> Transfer:
         """Post one notification."""
-        self._flights.check_open()
-        self._flights.check_note(tag, None)
-        transfer = Transfer(self, self._flights, tag, None)
-        self._flights.add(transfer)
+        flights: Flights = self.flights
+        flights.check_open()
+        flights.check_note(tag, None)
+        transfer = Transfer(self, tag)
+        flights.add(transfer)
         transfer.end_now()
         if transfer.inlined:
             transfer._settled_inline()

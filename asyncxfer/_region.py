@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ._descriptors import DescriptorList, Indexable, Layout, MemoryKind
 from ._errors import ClosedError, DescriptorError, RegistrationError
+from ._fast.posting import Usable
 from ._grants import Grants
 from ._memory import Access, Memory, describe
 from ._metadata import RegionInfo
@@ -46,7 +47,7 @@ class Keeper(Protocol):
         """Have what was written to its file reach the device."""
 
 
-class Region(Indexable):
+class Region(Indexable, Usable):
     """Memory that this agent has registered, or a file that it has opened. Closing it takes it back from all peers.
 
     Attributes
@@ -80,7 +81,6 @@ class Region(Indexable):
         self.exports: dict[str, bytes] = {}
         self.backings: Backings | None = None
         self.allocation: Allocation | None = None
-        self.closed: str | None = None
         self.closing: asyncio.Task[str] | None = None
         self.grants = grants
         self._keeper = keeper
@@ -260,7 +260,7 @@ class Opening(Awaitable[Region]):
             await region.aclose()
 
 
-class RemoteRegion(Indexable):
+class RemoteRegion(Indexable, Usable):
     """A peer's region, indexed with the shape and dtype it was registered with.
 
     Attributes
@@ -283,7 +283,6 @@ class RemoteRegion(Indexable):
         self.access: Access = info.access
         self.attachments: dict[str, RemoteRegistration] = {}
         self.refusals: dict[str, str] = {}
-        self.removed = False
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -302,10 +301,9 @@ class RemoteRegion(Indexable):
 
     def check_open(self) -> None:
         """Raise PeerLostError or ClosedError when it can no longer be reached."""
-        if self.peer.lost is not None:
-            self.peer.check_joined()
-        if self.removed:
-            raise ClosedError(f"peer {self.peer.name!r} has deregistered its region {self.name!r}")
+        self.peer.check_joined()
+        if self.closed is not None:
+            raise ClosedError(self.closed)
 
     def __repr__(self) -> str:
         return f"<RemoteRegion {self.name!r} of {self.peer.name!r}: {self.dtype} {self.shape}, {self.access!r}>"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ._done import Done
 from ._errors import (
     ChecksumError,
     ClosedError,
@@ -25,83 +24,22 @@ from ._errors import (
     TransferTimeout,
 )
 from ._fast import completion as _native
-from ._fast.completion import Completion, CompletionQueue
+from ._fast.completion import CompletionQueue
+from ._fast.posting import Counter, Posting, Roster
 from ._progress import Progress
 from .abc import Op
 
 if TYPE_CHECKING:
     from ._fast.link import Link
 
-__all__ = ["Counter", "Done", "Flights", "Posted", "Side", "Transfer"]
+__all__ = ["Flights", "Transfer"]
 
 # A transfer that ends while it is posted never lets the loop turn; its share of the loop's time is counted with this
 # much for what Python adds to it.
 _PYTHON_NS = 2_000
 
 
-class Done(NamedTuple):
-    """What a transfer did.
-
-    Attributes
-    ----------
-    nbytes : int, bytes
-    seconds : float, seconds
-        From the post until the data, and the notification, had gone out.
-    backend : str
-    descriptors : int
-        Rows of the local list.
-    """
-
-    nbytes: int
-    seconds: float
-    backend: str
-    descriptors: int
-
-
-class Side(Protocol):
-    """A region, own or a peer's, as far as a transfer looks at it."""
-
-    name: str
-
-    def check_open(self) -> None:
-        """Raise when it can no longer be used."""
-
-
-class Posted(Protocol):
-    """What a transfer was posted from: a plan, or what stands for one where nothing moves."""
-
-    op: Op
-    nbytes: int
-    descriptors: int
-    link: Link | None
-    counter: Counter
-
-    @property
-    def backend(self) -> str:
-        """The backend that carries it."""
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """The regions that it reads and writes."""
-
-    def row_ends(self) -> npt.NDArray[np.uint64]:
-        """Where in the stream each row of the local list ends: (descriptors,) uint64, bytes."""
-
-    def chunk_ends(self) -> npt.NDArray[np.uint64]:
-        """Where in the stream each chunk of which progress is known ends: (chunks,) uint64, bytes."""
-
-
-@dataclass(slots=True)
-class Counter:
-    """What went over one backend to one peer in one direction."""
-
-    transfers: int = 0
-    nbytes: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-
-
-class Flights:
+class Flights(Roster):
     """The transfers of one agent that are in flight, and what they need from it.
 
     Parameters
@@ -113,12 +51,10 @@ class Flights:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, queue: CompletionQueue, notification_bytes: int) -> None:
+        super().__init__(queue, Transfer)
         self.loop = loop
-        self.queue = queue
         self.notification_bytes = notification_bytes
-        self.closed: str | None = None
         self.counters: dict[tuple[str, str, Op], Counter] = {}
-        self._flying: set[Transfer] = set()
 
     def counter(self, peer: str, backend: str, op: Op) -> Counter:
         """The counter of one peer, backend and direction."""
@@ -142,30 +78,18 @@ class Flights:
         if timeout is not None and not timeout >= 0:
             raise ConfigError(f"timeout is {timeout!r}; expected seconds, 0 or more, or None")
 
-    def add(self, transfer: Transfer) -> None:
-        """Hold a transfer until it has ended."""
-        self._flying.add(transfer)
-
-    def discard(self, transfer: Transfer) -> None:
-        """Let go of a transfer."""
-        self._flying.discard(transfer)
-
     def using(self, side: object) -> list[Transfer]:
         """Transfers in flight that read or write a region."""
-        return [t for t in tuple(self._flying) if side in t.plan.sides]
+        return [t for t in self.all() if side in t.plan.sides]
 
     def to(self, link: Link) -> list[Transfer]:
         """Transfers in flight over a connection."""
-        return [t for t in tuple(self._flying) if t.plan.link is link]
-
-    def all(self) -> list[Transfer]:
-        """Every transfer in flight."""
-        return list(self._flying)
+        return [t for t in self.all() if t.plan.link is link]
 
     def drop(self, why: str) -> None:
         """In a forked child: what is in flight is the parent's."""
         self.closed = why
-        self._flying.clear()
+        self.clear()
 
     async def settle(
         self, transfers: Sequence[Transfer], *, within: float | None, status: int = _native.STATUS_REVOKED
@@ -181,23 +105,14 @@ class Flights:
             await asyncio.wait(late)
 
 
-class Transfer(Completion):
+class Transfer(Posting):
     """One transfer: awaitable, cancellable, and an asynchronous iterator over its descriptors as they complete.
 
     ``await transfer`` gives `Done` or raises. A transfer that is dropped goes on: the agent holds it until it has
     ended, and if it then fails and nobody has asked, the loop's exception handler is told.
     """
 
-    __slots__ = ("_asked", "_ended", "_flights", "_timer", "_waiters", "plan")
-
-    def __init__(self, plan: Posted, flights: Flights, notify: bytes | None, timeout: float | None) -> None:
-        super().__init__(flights.queue, plan.nbytes, plan.op == "put", plan.link, notify, timeout)
-        self.plan = plan
-        self._flights = flights
-        self._waiters: list[asyncio.Future[None]] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._asked = False
-        self._ended = False
+    __slots__ = ()
 
     # -- outcome
 
@@ -223,8 +138,7 @@ class Transfer(Completion):
         error = self.exception()
         if error is not None:
             raise error
-        plan = self.plan
-        return Done(plan.nbytes, self.elapsed / 1e9, plan.backend, plan.descriptors)
+        return self.did()
 
     def exception(self) -> BaseException | None:
         """Return how it failed, None where it did not; only once `done`."""
@@ -233,7 +147,7 @@ class Transfer(Completion):
             return None
         if status < 0:
             raise asyncio.InvalidStateError("the transfer is still in flight")
-        self._asked = True
+        self.asked = True
         return _failure(self, status)
 
     @property
@@ -247,7 +161,7 @@ class Transfer(Completion):
 
     def abandon(self, error: BaseException) -> None:
         """End it, as failed, for a caller who is told at once."""
-        self._asked = True
+        self.asked = True
         self.fail(error)
 
     # -- awaiting
@@ -260,12 +174,11 @@ class Transfer(Completion):
         TransferError
             And its kinds: how it failed.
         """
-        took = self.swift(_PYTHON_NS)
-        if took >= 0:
-            plan = self.plan
-            return Done._make((plan.nbytes, took / 1e9, plan.backend, plan.descriptors))
+        done = self.swift()
+        if done is not None:
+            return done
         if self.done():
-            if not (self._ended or self.inlined) and asyncio.get_running_loop() is self._flights.loop:
+            if not (self.over or self.inlined) and asyncio.get_running_loop() is self.flights.loop:
                 self.queue.drain()  # it was quicker than the loop: settle now, or those that have ended pile up
             if self.queue.overdue(self.elapsed + _PYTHON_NS):
                 yield  # many transfers that end at once would otherwise never let the loop turn
@@ -278,20 +191,20 @@ class Transfer(Completion):
                 cancelled = error
                 self.cancel()
         if cancelled is not None:
-            self._asked = True
+            self.asked = True
             raise cancelled
         return self.result()
 
     def _waiter(self) -> asyncio.Future[None]:
         """A future of the running loop that ends with the next news of this transfer."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        if self._ended:
+        self.waiters.append(waiter)
+        if self.over:
             _resolve(waiter)
         return waiter
 
     def _wake(self) -> None:
-        here, waiters = self._flights.loop, self._waiters
+        here, waiters = self.flights.loop, self.waiters
         while waiters:  # one by one: another loop's thread may be adding to the same list
             waiter = waiters.pop()
             loop = waiter.get_loop()
@@ -305,54 +218,42 @@ class Transfer(Completion):
         """Say that it is in flight by a backend that does not watch time limits: from now on the agent's loop does."""
         super().post(stopper)
         if self.remaining is not None:
-            self._flights.loop.call_soon_threadsafe(self._watch_time)
+            self.flights.loop.call_soon_threadsafe(self._watch_time)
 
     def _watch_time(self) -> None:
-        if self.remaining is not None and not self._ended:
-            self._timer = self._flights.loop.call_later(self.remaining, self.stop, _native.STATUS_TIMED_OUT)
+        if self.remaining is not None and not self.over:
+            self.timer = self.flights.loop.call_later(self.remaining, self.stop, _native.STATUS_TIMED_OUT)
 
     def _post_note(self, told: Callable[[bool], None]) -> None:
         """Have the control channel deliver the note; an early end ends the wait for that."""
-        loop = self._flights.loop
+        loop = self.flights.loop
         self.post(lambda: loop.call_soon_threadsafe(told, False))
         super()._post_note(told)
 
     def _settled(self) -> None:
-        self._ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._account()
+        self.over = True
+        if self.timer is not None:
+            self.timer.cancel()
+        self.account()
         self._wake()
 
     def _settled_inline(self) -> None:
         """It ended within the call that posted it, in whatever thread that was; the queue hears nothing of it."""
-        self._ended = True
-        self._account()
-        if self._waiters:  # another thread has seen it in the middle of that call, and waits
-            self._flights.loop.call_soon_threadsafe(self._wake)
+        self.over = True
+        self.account()
+        if self.waiters:  # another thread has seen it in the middle of that call, and waits
+            self.flights.loop.call_soon_threadsafe(self._wake)
 
     def _progressed(self) -> None:
         self._wake()
-
-    def _account(self) -> None:
-        self._flights.discard(self)
-        counter = self.plan.counter
-        if self.status == _native.STATUS_OK:
-            counter.transfers += 1
-            counter.nbytes += self.plan.nbytes
-            counter.seconds += self.elapsed / 1e9
-        else:
-            counter.failed += 1
 
     async def ended(self) -> None:
         """Wait until it has ended, however it ends."""
         while not self.done():
             await self._waiter()
 
-    def __del__(self) -> None:
-        if self._asked or self.status in (-1, _native.STATUS_OK, _native.STATUS_CANCELLED):
-            return
-        loop = self._flights.loop
+    def _unheard(self) -> None:
+        loop = self.flights.loop
         if not loop.is_closed():
             loop.call_exception_handler(
                 {"message": f"{self.plan} failed and nobody awaited it", "exception": self.exception()}

@@ -76,6 +76,20 @@ def test_nixl_runs_beside_it_in_both_modes(tmp_path: Path) -> None:
             assert theirs["ratio"] > 0
 
 
+def test_stall_mode(tmp_path: Path) -> None:
+    asked = ("--stall", "0.2", "--shapes", "64x16KiB", "--op", "put")
+    results = results_of(bench(tmp_path, *asked, "--json", path=""))
+    assert [(result["way"], result["op"]) for result in results] == [("cached", "put"), ("direct", "put")]
+    for result in results:
+        assert result["verified"], result["problem"]
+        assert result["transfers"] > 0
+        for ticker in ("idle", "moving"):
+            assert result[ticker]["max"] >= result[ticker]["p99.9"] >= result[ticker]["p50"] >= 0
+    ran = bench(tmp_path, *asked, "--way", "cached", path="")
+    assert "way" in ran.stdout
+    assert "  target  " not in ran.stdout
+
+
 def test_table_for_people(tmp_path: Path) -> None:
     ran = bench(tmp_path, "--shapes", "3x100B", "--way", "cached", "--op", "get", "--backend", "uring", path="")
     assert ran.returncode == 0, ran.stderr

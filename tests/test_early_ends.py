@@ -85,7 +85,7 @@ async def by_agent(pair: Pair, transfer: Transfer) -> None:
     outcomes = await asyncio.gather(transfer, *behind, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} <= {Done, TransferError}
     with pytest.raises(ClosedError):
-        transfer.plan()  # type: ignore[operator]
+        transfer.plan()
 
 
 async def by_peer(pair: Pair, transfer: Transfer) -> None:
@@ -95,7 +95,7 @@ async def by_peer(pair: Pair, transfer: Transfer) -> None:
     outcomes = await asyncio.gather(transfer, *behind, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} <= {Done, TransferError, PeerLostError}
     with pytest.raises(PeerLostError):
-        transfer.plan()  # type: ignore[operator]
+        transfer.plan()
 
 
 async def by_region(pair: Pair, transfer: Transfer) -> None:
@@ -105,7 +105,7 @@ async def by_region(pair: Pair, transfer: Transfer) -> None:
     outcomes = await asyncio.gather(transfer, *behind, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} <= {Done, TransferError}
     with pytest.raises(ClosedError):
-        transfer.plan()  # type: ignore[operator]
+        transfer.plan()
 
 
 ENDINGS: list[Ending] = [by_cancel, by_task, by_timeout_block, by_group, by_agent, by_peer, by_region]

@@ -347,20 +347,22 @@ async def test_a_close_waits_for_what_a_thread_is_posting(cast: Cast, monkeypatc
     """It is known to be in flight, and then ends within the call that posts it."""
     pair = await to_far(cast, "mapped")
     small = cast.here.prepare("put", pair.region.bytes[:64], pair.peer["far"].bytes[:64])
-    flights = cast.here._live.flights  # type: ignore[union-attr]
-    add, entered, go_on = flights.add, threading.Event(), threading.Event()
+    live = cast.here._live
+    assert live is not None
+    flights, backend = live.flights, live.backends["shm"]
+    submit, entered, go_on = backend.submit, threading.Event(), threading.Event()
 
-    def linger(transfer: Transfer) -> None:
-        add(transfer)
+    def linger(prepared: object, transfer: Transfer, priority: int) -> None:
         entered.set()
         go_on.wait(10)
+        submit(prepared, transfer, priority)
 
-    monkeypatch.setattr(flights, "add", linger)
-    posting = asyncio.ensure_future(asyncio.to_thread(small))
+    monkeypatch.setattr(backend, "submit", linger)
+    posting = asyncio.ensure_future(asyncio.to_thread(small, notify=b"small"))
     await asyncio.to_thread(entered.wait, 10)
     closing = asyncio.ensure_future(cast.here.aclose())
     async with within():
-        while not flights.all()[0]._waiters:  # noqa: ASYNC110 - it is a turn of this loop that is waited for
+        while not flights.all()[0].waiters:  # noqa: ASYNC110 - it is a turn of this loop that is waited for
             await asyncio.sleep(0)
         go_on.set()
         assert (await posting).inlined

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from asyncxfer._fast.link cimport Link
 from asyncxfer._fast.native cimport axf_link
 
 
@@ -61,6 +62,11 @@ cdef struct op_t:
     unsigned char* marks        # one a chunk: 1 when moved
 
 
+# How long one turn of the loop may be spent on settling, or on transfers that end inline; 1 ms is the promise.
+cdef enum:
+    TURN_NS = 200_000
+
+
 cdef void op_finish(op_t* op, int status, int error) noexcept nogil
 cdef void op_progress(op_t* op) noexcept nogil
 cdef void op_settle(op_t* op, int status, int error) noexcept nogil
@@ -86,6 +92,15 @@ cdef class Completion:
     cdef bint held
     cdef bint ending            # a backend in Python has ended it
 
+    cdef int begin(
+        self, CompletionQueue queue, uint64_t nbytes, bint put, Link link, bytes note, timeout
+    ) except -1
     cdef void hold(self)
     cdef void release(self)
     cdef int claim_end(self) except -1
+
+
+cdef class Prepared:            # what a backend has made ready, where that is done in native code
+    cdef bint immediate         # small enough to be done within the call that posts it
+
+    cdef bint run_at_once(self, Completion completion) noexcept

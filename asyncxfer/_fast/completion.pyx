@@ -36,9 +36,6 @@ STATUS_FAILED = FAILED
 STATUS_MISMATCH = MISMATCH
 STATUS_NOT_PERMITTED = NOT_PERMITTED
 
-# How long one turn of the loop may be spent on settling, or on transfers that end inline; 1 ms is the promise.
-cdef int64_t TURN_NS = 200_000
-
 cdef long _live = 0
 
 
@@ -233,13 +230,18 @@ cdef class Completion:
         After which it ends with a time-out.
     """
 
-    def __cinit__(self, *args, **kwargs) -> None:
+    def __cinit__(self) -> None:
         global _live
         _live += 1
 
     def __init__(
         self, CompletionQueue queue not None, uint64_t nbytes, bint put, Link link=None, bytes note=None, timeout=None,
     ) -> None:
+        self.begin(queue, nbytes, put, link, note, timeout)
+
+    cdef int begin(
+        self, CompletionQueue queue, uint64_t nbytes, bint put, Link link, bytes note, timeout
+    ) except -1:
         cdef op_t* op = &self.op
         self.queue = queue
         self._link = link
@@ -257,6 +259,7 @@ cdef class Completion:
         op.started = axf_now()
         if timeout is not None:
             op.deadline = op.started + <int64_t>(<double>timeout * 1e9) + 1
+        return 0
 
     def __dealloc__(self):
         global _live
@@ -340,20 +343,6 @@ cdef class Completion:
         """Whether it ended within the call that posted it, so that no queue will tell."""
         return self.op.inline_ == 1
 
-    def swift(self, int64_t nanoseconds) -> int:
-        """How long it took where it went well within the call that posted it, and the loop need not turn yet; else -1.
-
-        `nanoseconds` is what awaiting it adds; what is taken together is counted as by `CompletionQueue.overdue`.
-        """
-        cdef int64_t took
-        if self.op.inline_ != 1 or self.op.status != OK:
-            return -1
-        took = self.op.ended - self.op.started
-        if self.queue.inline_ns + took + nanoseconds >= TURN_NS:
-            return -1
-        self.queue.inline_ns += took + nanoseconds
-        return took
-
     def marks(self) -> bytes:
         """One byte a chunk of the engine's work, 1 where it has been moved; empty where there are no chunks."""
         return b"" if self.op.marks == NULL else <bytes>(<char*>self.op.marks)[: self.op.chunks]
@@ -432,3 +421,13 @@ cdef class Completion:
         self.ending = True
         self.hold()
         return 0
+
+
+# ---- what is posted ----------------------------------------------------------------------------------------------------
+
+cdef class Prepared:
+    """What a backend has made ready, where that is done in native code."""
+
+    cdef bint run_at_once(self, Completion completion) noexcept:
+        """Does it, with the GIL held, where nothing has to be waited for; whether it has ended. Only if `immediate`."""
+        return False

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from asyncxfer._fast.completion cimport Prepared
 from asyncxfer._fast.native cimport axf_link
 
 
@@ -30,7 +31,7 @@ cdef struct work_t:
     uint32_t slot, epoch
 
 
-cdef class Work:
+cdef class Work(Prepared):
     cdef work_t w
     cdef object link
     cdef object keep

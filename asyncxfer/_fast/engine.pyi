@@ -2,7 +2,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
-from asyncxfer._fast.completion import Completion
+from asyncxfer._fast.completion import Completion, Prepared
 from asyncxfer._fast.link import Link
 
 __pyx_capi__: dict[str, object]  # what other Cython modules link to
@@ -15,7 +15,7 @@ def threads() -> int: ...
 def submit(work: Work, completion: Completion, priority: int = 0) -> None: ...
 
 @disjoint_base
-class Work:
+class Work(Prepared):
     def __init__(
         self,
         pairs: npt.NDArray[np.void],

@@ -36,7 +36,7 @@ cdef enum:
 
 # ---- prepared work -------------------------------------------------------------------------------------------------
 
-cdef class Work:
+cdef class Work(Prepared):
     """A transfer made ready: where each row lies in memory, and how it is cut into chunks.
 
     Parameters
@@ -80,6 +80,7 @@ cdef class Work:
             self.place(<const axf_pair*>&raw[0], local, remote)
             self.cut(max(chunk_bytes, 1), max(chunk_rows, 1))
         w.small = w.nbytes <= small_bytes and w.rows <= small_rows
+        self.immediate = w.small and type(self) is Work     # kinds of it go by other ways
         w.stream = not attach and stream_bytes and w.nbytes >= stream_bytes and axf_can_stream()
 
     def __dealloc__(self):
@@ -136,6 +137,23 @@ cdef class Work:
                     row, skip = row + 1, 0
         w.nchunks = 0 if chunk.nbytes == 0 else <uint32_t>(chunk - w.chunks) + 1
         return 0
+
+    cdef bint run_at_once(self, Completion completion) noexcept:
+        """Copies, with the GIL held: to let it go and get it back costs more, when another thread wants it."""
+        cdef op_t* op = &completion.op
+        cdef uint32_t i
+        cdef int status = OK
+        completion.prepared = self
+        op.work = &self.w
+        if not self.w.attach:
+            axf_guard_install()
+        op.inline_ = 1
+        for i in range(self.w.nchunks):
+            status = move(op, i)
+            if status != OK:
+                break
+        op_finish(op, status, op.error)
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -360,22 +378,6 @@ def threads() -> int:
     return engine.running
 
 
-cdef void run_inline(work_t* w, Completion completion) noexcept:
-    # With the GIL held: to let it go and get it back costs more than this, when another thread wants it.
-    cdef op_t* op = &completion.op
-    cdef uint32_t i
-    cdef int status = OK
-    completion.hold()
-    op.inline_ = 1
-    for i in range(w.nchunks):
-        status = move(op, i)
-        if status != OK:
-            break
-    op_finish(op, status, op.error)
-    if op.inline_:
-        completion.release()
-
-
 cdef bint post(op_t* op, int rank) noexcept:
     """Hands the op to the threads; False when not one could be started."""
     cdef bint posted = True
@@ -401,13 +403,16 @@ def submit(Work work not None, Completion completion not None, int priority=0) -
     """
     cdef op_t* op = &completion.op
     cdef work_t* w = &work.w
+    if w.small or w.nchunks == 0:
+        completion.hold()
+        work.run_at_once(completion)
+        if op.inline_:                  # else it waits for its note to go out
+            completion.release()
+        return
     completion.prepared = work
     op.work = w
     if not w.attach:
         axf_guard_install()
-    if w.small or w.nchunks == 0:
-        run_inline(w, completion)
-        return
     op.chunks = op.left = w.nchunks
     op.marks = <unsigned char*>calloc(w.nchunks, 1)
     if op.marks == NULL:

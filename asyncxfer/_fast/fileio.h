@@ -32,6 +32,12 @@ static inline uint64_t axf_file_size(int fd) {
     return fstat(fd, &s) == 0 && S_ISREG(s.st_mode) ? (uint64_t)s.st_size : UINT64_MAX;
 }
 
+/* The same in less time, by the file position, which nobody uses; INT64_MAX where it cannot be told. */
+static inline int64_t axf_file_end(int fd) {
+    off_t end = lseek(fd, 0, SEEK_END);
+    return end < 0 ? INT64_MAX : (int64_t)end;
+}
+
 /* What follows after the first `got` bytes; `out` has room for n. */
 static inline uint32_t axf_iov_rest(const struct iovec *iov, uint32_t n, uint64_t got, struct iovec *out) {
     uint32_t i = 0, k = 0;

@@ -1,9 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, auto_pickle=False, autotestdict=False
-"""Moves bytes between memory and files: on the caller's thread, or by threads without the GIL.
+"""Moves bytes between memory and files by threads, without the GIL.
 
-What is small and in the page cache is read within the call that posts it, for as long as that holds up the loop by less
-than its bound. Other copies from and to the page cache are made by threads, which are shared by all agents of the
-process; what would have to wait for a device is the ring's (see `uring`). Where there is none, further threads do
+Copies from and to the page cache are made by threads, which are shared by all agents of the process; what would have to wait for a device is the ring's (see `uring`). Where there is none, further threads do
 everything by calls that block. A thread takes one request at a time and sends the transfer to the back of the queue.
 Through the page cache one thread at a time writes to a file: the file system would make the others wait in turns.
 """
@@ -34,10 +32,6 @@ cdef enum:
     READERS = 0                 # read what is in the page cache
     WRITERS = 1                 # write to it, and so may have to wait
     BLOCKERS = 2                # do all there is to do, and wait for the device
-
-# How long transfers may hold up the caller between two turns of its loop; 1 ms is the promise.
-cdef int64_t HELD_NS = 400_000
-
 
 cdef struct queue_t:
     flight_t* first
@@ -294,31 +288,6 @@ def threads() -> int:
     return n
 
 
-cdef bint run_inline(const filework_t* w, Completion completion) noexcept:
-    """Does it now, with the GIL held, where nothing has to be waited for; whether it has ended."""
-    cdef op_t* op = &completion.op
-    cdef const request_t* r
-    cdef uint32_t i
-    cdef int64_t rc = 0
-    if completion.queue.held_ns >= HELD_NS or not (w.file.in_memory or axf_load(&w.file.can_refuse)):
-        return False
-    if op.deadline and axf_now() >= op.deadline:
-        return False
-    for i in range(w.nrequests):
-        r = &w.requests[i]
-        rc = axf_file_move(w.file.fd, &w.iov[r.iov], r.n, r.offset, w.write, not w.file.in_memory)
-        if rc != r.nbytes:              # whatever the reason is, a thread will find it again
-            if rc == -EOPNOTSUPP:
-                axf_store(&w.file.can_refuse, 0)
-            completion.queue.held_ns += axf_now() - op.started
-            return False
-    if not w.write and axf_file_size(w.file.fd) < w.end:
-        return False                    # cut meanwhile: what was read of its last page may be zeros
-    end_inline(completion, OK)
-    completion.queue.held_ns += op.ended - op.started
-    return True
-
-
 cdef void end_inline(Completion completion, int status) noexcept:
     completion.hold()
     completion.op.inline_ = 1
@@ -355,8 +324,6 @@ def submit(FileWork work not None, Completion completion not None, int priority=
     completion.prepared = work
     if w.nrequests == 0:
         end_inline(completion, OK)
-        return
-    if w.small and run_inline(w, completion):
         return
     op.marks = <unsigned char*>calloc(w.niov, 1)
     f = NULL if op.marks == NULL else flight_new(op, w, rank, waits(w) and ring_start() == 0)

@@ -1,7 +1,8 @@
 """Transfers between memory and a file, made ready: what to read or write where, in as few calls as possible."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from asyncxfer._fast.completion cimport Prepared
 from asyncxfer._fast.engine cimport axf_pair
 
 
@@ -12,6 +13,7 @@ cdef extern from "fileio.h" nogil:
     int axf_down(int* p, int by)
     int axf_file_in_memory(int fd)
     uint64_t axf_file_size(int fd)
+    int64_t axf_file_end(int fd)
     uint32_t axf_iov_rest(const iovec* iov, uint32_t n, uint64_t got, iovec* out)
     long long axf_file_move(int fd, const iovec* iov, uint32_t n, uint64_t offset, int write, int nowait)
     int axf_file_sync(int fd, int whole)
@@ -68,7 +70,6 @@ cdef struct filework_t:
     uint64_t end                # of what it needs of the file
     int write
     int ring                    # the ring waits for the device, where there is one
-    int small                   # it may be tried on the caller's thread
 
 
 cdef class OpenFile:
@@ -76,7 +77,7 @@ cdef class OpenFile:
     cdef readonly object owner
 
 
-cdef class FileWork:
+cdef class FileWork(Prepared):
     cdef filework_t w
     cdef OpenFile file
     cdef object keep

@@ -4,6 +4,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
+from asyncxfer._fast.completion import Prepared
+
 class _Owner(Protocol):
     def too_short(self, offset: int, expected: int, found: int) -> BaseException: ...
     def failed(
@@ -27,7 +29,7 @@ class OpenFile:
     ) -> None: ...
 
 @disjoint_base
-class FileWork:
+class FileWork(Prepared):
     def __init__(
         self,
         pairs: npt.NDArray[np.void],

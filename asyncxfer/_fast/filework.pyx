@@ -3,17 +3,25 @@
 
 The rows are taken in the order of the file, and those that follow one another there become one request, however they
 lie in memory: a vector of pieces for one `preadv`. Where a row can go past the page cache, its aligned middle does, and
-its ends do not. It opens no file and starts nothing.
+its ends do not. What is small and in the page cache can be read within the call that posts it, for as long as that
+holds up the loop by less than its bound. It opens no file, and knows no threads.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.errno cimport EOPNOTSUPP
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
+
+from asyncxfer._fast.completion cimport OK, Completion, op_finish, op_t
+from asyncxfer._fast.native cimport *
 
 import numpy as np
 
 cdef enum:
     PAGE = 4096
+
+# How long transfers may hold up the caller between two turns of its loop; 1 ms is the promise.
+cdef int64_t HELD_NS = 400_000
 
 cdef long _live = 0
 
@@ -114,7 +122,7 @@ cdef uint64_t stretch(const file_t* f, uint64_t grain, const row_t* row, int* di
     return row.length & ~(grain - 1)
 
 
-cdef class FileWork:
+cdef class FileWork(Prepared):
     """A transfer made ready.
 
     Parameters
@@ -165,8 +173,8 @@ cdef class FileWork:
                 self.part()
         finally:
             free(rows)
-        w.small = (
-            w.nbytes <= inline_bytes and w.niov <= inline_rows and w.ncached == w.nrequests
+        self.immediate = (
+            0 < w.nbytes <= inline_bytes and w.niov <= inline_rows and w.ncached == w.nrequests
             and (file.f.in_memory if write else True) and not (write and file.f.sync)
         )
 
@@ -285,6 +293,32 @@ cdef class FileWork:
         free(w.requests)
         w.requests = parted
         return 0
+
+    cdef bint run_at_once(self, Completion completion) noexcept:
+        """Does it, with the GIL held, where nothing has to be waited for; whether it has ended."""
+        cdef const filework_t* w = &self.w
+        cdef op_t* op = &completion.op
+        cdef const request_t* r
+        cdef uint32_t i
+        cdef int64_t rc = 0
+        if completion.queue.held_ns >= HELD_NS or not (w.file.in_memory or axf_load(&w.file.can_refuse)):
+            return False
+        if op.deadline and axf_now() >= op.deadline:
+            return False
+        for i in range(w.nrequests):
+            r = &w.requests[i]
+            rc = axf_file_move(w.file.fd, &w.iov[r.iov], r.n, r.offset, w.write, not w.file.in_memory)
+            if rc != r.nbytes:              # whatever the reason is, a thread will find it again
+                if rc == -EOPNOTSUPP:
+                    axf_store(&w.file.can_refuse, 0)
+                completion.queue.held_ns += axf_now() - op.started
+                return False
+        if not w.write and axf_file_end(w.file.fd) < <int64_t>w.end:
+            return False                    # cut meanwhile: what was read of its last page may be zeros
+        op.inline_ = 1
+        op_finish(op, OK, 0)
+        completion.queue.held_ns += op.ended - op.started
+        return True
 
     @property
     def nbytes(self):

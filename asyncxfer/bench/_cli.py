@@ -137,11 +137,15 @@ def _run_over_file(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], C
         seed=arguments.seed,
         uvloop=arguments.uvloop,
         nixl=arguments.peer == "nixl",
+        rivals=arguments.stall is None,
         folder=arguments.folder,
         backend=arguments.backend,
     )
-    lines = asyncio.run(_file.compare_files(options, _progress))
-    return "compare", lines, _report.file_table, {"folder": options.folder, "backend": options.backend}
+    told = {"folder": options.folder, "backend": options.backend}
+    if arguments.stall is not None:
+        stalls = asyncio.run(_file.stall_files(options, _progress, seconds=arguments.stall))
+        return "stall", stalls, _report.stall_table, told
+    return "compare", asyncio.run(_file.compare_files(options, _progress)), _report.file_table, told
 
 
 def _options(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Options:
@@ -251,7 +255,7 @@ def _senseless(arguments: argparse.Namespace) -> str:
 
 
 def _senseless_over_file(arguments: argparse.Namespace) -> str:
-    for option in ("notify", "post", "idle", "stall", "in_flight", "memory", "checksum", *_UCX_OPTIONS):
+    for option in ("notify", "post", "idle", "in_flight", "memory", "checksum", *_UCX_OPTIONS):
         if getattr(arguments, option):
             return f"--{option.replace('_', '-')} is not for --over file"
     if "unprepared" in arguments.lists:

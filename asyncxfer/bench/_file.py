@@ -23,11 +23,12 @@ import numpy as np
 from . import _fio
 from ._compare import OURS, Line, Measured
 from ._file_cases import FILE_SHAPES, Bytes, FileCase, Way, blank, pattern, problem
+from ._loop import Stall
 from ._pair import BenchError, Sample, Worker
 from ._shapes import Op, Shape
 from ._side import Message
 
-__all__ = ["FileOptions", "compare_files"]
+__all__ = ["FileOptions", "compare_files", "stall_files"]
 
 #: How long the loop is watched after the rounds of a case, in seconds.
 _WATCH = 0.25
@@ -41,8 +42,9 @@ class FileOptions:
     ----------
     folder : str or None
         Where the file is made; None: the current folder.
+    rivals : bool
+        Whether others run beside it: whatever is installed, and NIXL if `nixl`.
     nixl : bool
-        Whether NIXL runs beside it.
     backend : str or None
         Which of our backends moves; None: the one that is chosen.
     """
@@ -55,6 +57,7 @@ class FileOptions:
     seed: int = 0
     uvloop: bool = False
     nixl: bool = False
+    rivals: bool = True
     folder: str | None = None
     backend: str | None = None
 
@@ -69,6 +72,8 @@ class FileOptions:
         """Every system with a process of its own: what to call it, what it is, and what its worker has to know."""
         told = {"over": "file", "uvloop": self.uvloop}
         yield OURS, "asyncxfer", {**told, "backend": self.backend}
+        if not self.rivals:
+            return
         for queue in ("aio", "uring") if self.nixl else ():
             yield f"NIXL, {queue}", "nixl", {**told, "queue": queue}
         if importlib.util.find_spec("kvikio") is not None:
@@ -160,32 +165,8 @@ async def compare_files(options: FileOptions, report: Callable[[str], None]) -> 
     BenchError
         If a process of ours or of NIXL fails, or there is no room for the file.
     """
-    nbytes = max(case.memory_span for case in options.cases())
-    file_bytes = max(case.file_span for case in options.cases())
     async with AsyncExitStack() as stack:
-        try:
-            folder = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncxfer-", dir=options.folder or "."))
-            )
-            file = _File(folder, file_bytes)
-        except OSError as error:
-            raise BenchError(f"no file can be made in {options.folder or 'this folder'}: {error}") from error
-        stack.callback(file.close)
-        opening: Message = {
-            "nbytes": nbytes,
-            "path": str(file.path),
-            "file_bytes": file_bytes,
-            "ways": list(options.ways),
-        }
-        systems: dict[str, _System] = {}
-        for name, system, told in options.systems():
-            worker = await Worker.start(system, "initiator", told)
-            stack.push_async_callback(worker.close)
-            unavailable = (await worker.ask("open", **opening)).get("unavailable")
-            if unavailable is None:
-                systems[name] = _System(worker, file)
-            else:
-                report(f"without {name}: {unavailable}")
+        folder, file, systems = await _start(stack, options, report)
         fio = _fio.Fio(folder) if _fio.is_installed() else None
         if fio is None:
             report(f"without fio, which is not installed; {_fio.INSTALL}")
@@ -202,14 +183,65 @@ async def compare_files(options: FileOptions, report: Callable[[str], None]) -> 
         return lines
 
 
+async def stall_files(options: FileOptions, report: Callable[[str], None], *, seconds: float) -> list[Stall]:
+    """Watch the loop for `seconds` without and `seconds` with transfers of ours, for every case.
+
+    Raises
+    ------
+    BenchError
+        If a process of ours fails, or there is no room for the file.
+    """
+    stalls = []
+    async with AsyncExitStack() as stack:
+        _, file, systems = await _start(stack, options, report)
+        ours = systems[OURS]
+        for case in options.cases():
+            report(f"{case}: {2 * seconds:.0f} s")
+            await asyncio.to_thread(file.fill, case)
+            await ours.begin(case, warmup=options.warmup)
+            idle = await ours.worker.ask("idle", within=seconds + 60, seconds=seconds)
+            moving = await ours.worker.ask("watch", within=seconds + 60, seconds=seconds)
+            problem = await ours.finish(case)
+            late, transfers, took = moving["lateness"], moving["transfers"], moving["seconds"]
+            stalls.append(Stall(case, idle["lateness"], late, None, transfers, took, problem))
+    return stalls
+
+
+async def _start(
+    stack: AsyncExitStack, options: FileOptions, report: Callable[[str], None]
+) -> tuple[Path, _File, dict[str, _System]]:
+    """Make the file, and start every system that can take part; `stack` ends them."""
+    cases = list(options.cases())
+    nbytes, file_bytes = max(case.memory_span for case in cases), max(case.file_span for case in cases)
+    try:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncxfer-", dir=options.folder or ".")))
+        file = _File(folder, file_bytes)
+    except OSError as error:
+        raise BenchError(f"no file can be made in {options.folder or 'this folder'}: {error}") from error
+    stack.callback(file.close)
+    opening: Message = {"nbytes": nbytes, "path": str(file.path), "file_bytes": file_bytes, "ways": list(options.ways)}
+    systems: dict[str, _System] = {}
+    for name, system, told in options.systems():
+        worker = await Worker.start(system, "initiator", told)
+        stack.push_async_callback(worker.close)
+        unavailable = (await worker.ask("open", **opening)).get("unavailable")
+        if unavailable is None:
+            systems[name] = _System(worker, file)
+        else:
+            report(f"without {name}: {unavailable}")
+    return folder, file, systems
+
+
 async def _line(case: FileCase, ours: _System, rivals: Mapping[str, FileRival], options: FileOptions) -> Line:
     systems: dict[str, FileRival] = {OURS: ours, **rivals}
     samples: dict[str, list[Sample]] = {name: [] for name in systems}
     for system in systems.values():
         await system.begin(case, warmup=options.warmup)
-    for _ in range(options.rounds):
-        for name, system in systems.items():
-            samples[name].append(await system.sample(case))
+    names = list(systems)
+    for turn in range(options.rounds):
+        first = turn % len(names)  # each comes after each: a disk that gives bursts remembers who was before
+        for name in names[first:] + names[:first]:
+            samples[name].append(await systems[name].sample(case))
     watched = await ours.worker.ask("watch", seconds=_WATCH)
     measured = {name: Measured(case, samples[name], await system.finish(case)) for name, system in systems.items()}
     return Line(case, measured.pop(OURS), measured, watched["lateness"])

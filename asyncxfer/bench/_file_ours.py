@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ._file_cases import FileCase
+    from ._side import Message
 
 __all__ = ["OurFileSide"]
 
@@ -51,13 +52,15 @@ class OurFileSide(FileSide):
         for _ in range(repeats):
             await plan()
 
-    async def watch(self, seconds: float) -> dict[str, float]:
-        plan = self._prepared()
+    async def watch(self, seconds: float) -> Message:
+        plan, transfers = self._prepared(), 0
         with Ticker() as ticker:
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end:
+            start = time.perf_counter()
+            while time.perf_counter() < start + seconds:
                 await plan()
-        return percentiles(ticker.lateness)
+                transfers += 1
+            took = time.perf_counter() - start
+        return {"lateness": percentiles(ticker.lateness), "transfers": transfers, "seconds": took}
 
     async def release(self) -> None:
         self._plan = None

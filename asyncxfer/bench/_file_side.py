@@ -6,6 +6,7 @@ a system adds. It knows nothing of pipes or of the process that commands it, whi
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._file_cases import FileCase, blank, pattern, problem
+from ._ticker import Ticker, percentiles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,8 +63,8 @@ class FileSide(ABC):
     async def close(self) -> None:
         """Leave nothing behind."""
 
-    async def watch(self, seconds: float) -> dict[str, float]:
-        """Move the prepared case back to back, and tell how late the loop is."""
+    async def watch(self, seconds: float) -> Message:
+        """Move the prepared case back to back; how late the loop was, and what was moved in how many seconds."""
         raise ValueError(f"{type(self).__name__} has no loop to be late")
 
     async def answer(self, message: Message) -> Message:
@@ -81,7 +83,11 @@ class FileSide(ABC):
         elif do == "run":
             return await self._run(message["repeats"])
         elif do == "watch":
-            return {"lateness": await self.watch(message["seconds"])}
+            return await self.watch(message["seconds"])
+        elif do == "idle":
+            with Ticker() as ticker:
+                await asyncio.sleep(message["seconds"])
+            return {"lateness": percentiles(ticker.lateness)}
         elif do == "finish":
             return {"problem": await self._finish(FileCase.from_message(message["case"]))}
         else:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from ._compare import Options
+    from ._file_cases import FileCase
     from ._side import Message
 
 __all__ = ["FLOOD_SHAPES", "Flood", "Stall", "flood", "stall"]
@@ -34,12 +35,15 @@ _PASSES = 4
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """How late loops were, percentiles in seconds by name: the initiator's idle and moving, the target's meanwhile."""
+    """How late loops were, percentiles in seconds by name: the initiator's idle and moving, the target's meanwhile.
 
-    case: Case
+    Over a file there is no target.
+    """
+
+    case: Case | FileCase
     idle: dict[str, float]
     moving: dict[str, float]
-    served: dict[str, float]
+    served: dict[str, float] | None
     transfers: int
     seconds: float
     problem: str

@@ -177,11 +177,15 @@ def notify_table(results: Sequence[Notified]) -> Table:
 def stall_table(stalls: Sequence[Stall]) -> Table:
     """How late the loop was, without and with transfers."""
     names = list(stalls[0].idle)
-    headers = ["shape", "op", "memory", "GB/s", "ticker", *names, "bytes"]
+    where = "way" if isinstance(stalls[0].case, FileCase) else "memory"
+    headers = ["shape", "op", where, "GB/s", "ticker", *names, "bytes"]
     rows = []
     for stall in stalls:
         speed, verdict = f"{stall.gigabytes_per_second:.2f}", _verdict(stall.problem)
-        for label, late in (("idle", stall.idle), ("moving", stall.moving), ("target", stall.served)):
+        tickers = {"idle": stall.idle, "moving": stall.moving}
+        if stall.served is not None:
+            tickers["target"] = stall.served
+        for label, late in tickers.items():
             values = [_ms(late[name]) for name in names]
             rows.append([*_case(stall.case), speed, label, *values, verdict])
     return Table(headers, rows, "Lateness of a 1 ms ticker on the loop that awaits the transfers, and on the target's.")
@@ -281,8 +285,8 @@ def _measured(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _case(case: Case) -> list[str]:
-    return [str(case.shape), case.action, case.memory]
+def _case(case: Case | FileCase) -> list[str]:
+    return [str(case.shape), case.action, case.way if isinstance(case, FileCase) else case.memory]
 
 
 def _speed(measured: Measured) -> str:

@@ -159,7 +159,7 @@ class Ending:
             with pytest.raises(ClosedError, match=sides.region.name):
                 stage.post(op, sides.region[:], sides.remote[:])
             with pytest.raises(ClosedError, match=sides.region.name):
-                plan()  # type: ignore[operator]
+                plan()
             await _outcomes(posted)
 
     @both_ways
