@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,6 +269,83 @@ async def test_many_small_reads_do_not_hold_up_the_loop(cached: tuple[Path, byte
             await transfer
         assert plan().inlined  # the loop has turned since
         assert memory.tobytes() == data[:16_384]
+
+
+def seen(path: Path) -> int | None:
+    """How much of a file this process has looked at through its view of it: bytes; None where it has none."""
+    maps = Path("/proc/self/smaps").read_text().split("\n")
+    at = next((i for i, line in enumerate(maps) if line.endswith(f" {path}")), None)
+    if at is None:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in maps[at:] if line.startswith("Rss:"))
+
+
+async def test_what_the_page_cache_has_is_copied_from_a_view_of_the_file(tmp_path: Path) -> None:
+    path, data = tmp_path / "file", np.random.default_rng(1).integers(0, 256, NBYTES, np.uint8)
+    path.write_bytes(data.tobytes())
+    memory, rows = np.zeros(NBYTES, np.uint8), np.random.default_rng(2).permutation(NBYTES // 16_384) * 16_384
+    async with Agent("a") as agent, agent.register(memory) as region:
+        async with agent.open(path) as file:
+            assert seen(path) == 0
+            await agent.get(region[:], file[:])
+            assert seen(path) == NBYTES
+            assert np.array_equal(memory, data)
+            memory[...] = 0
+            await agent.get(region.descriptors(rows, 16_384), file.descriptors(rows, 16_384))
+            assert np.array_equal(memory, data)
+            plan = agent.prepare("get", region[:], file[:])
+        assert seen(path) is None, "a plan that is kept keeps the file in use"
+        del plan
+
+
+@needs_ring
+async def test_what_the_page_cache_does_not_have_is_left_to_the_ring(tmp_path: Path) -> None:
+    path, data = tmp_path / "file", np.random.default_rng(1).integers(0, 256, NBYTES, np.uint8)
+    path.write_bytes(data.tobytes())
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    memory = np.zeros(1 << 20, np.uint8)  # one request: what is read ahead for it would be there for the next
+    async with Agent("a") as agent, agent.open(path) as opened, agent.register(memory) as region:
+        forget(path)
+        await agent.get(region[:], opened[: memory.size], backend="uring:ring")
+        assert seen(path) == 0
+        assert np.array_equal(memory, data[: memory.size])
+
+
+STRANGER = """
+import asyncio, os, sys
+import numpy as np
+from asyncxfer import Agent
+
+async def main(path):
+    memory = np.zeros(os.path.getsize(path), np.uint8)
+    async with Agent("a") as agent, agent.open(path) as file, agent.register(memory) as region:
+        with open(path, "rb") as plain:
+            expected = plain.read()
+        await agent.get(region[:], file[:])
+        assert memory.tobytes() == expected
+
+asyncio.run(main(sys.argv[1]))  # what is imported only now may not be readable later
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to become somebody else needs root")
+def test_a_file_of_which_the_page_cache_may_not_be_told(tmp_path: Path) -> None:
+    path = Path(tempfile.mkdtemp(dir="/tmp")) / "file"  # tmp_path is its owner's alone
+    try:
+        path.parent.chmod(0o755)
+        path.write_bytes(np.random.default_rng(1).bytes(NBYTES))
+        path.chmod(0o644)
+        done = subprocess.run(
+            [sys.executable, "-c", STRANGER, str(path)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    finally:
+        shutil.rmtree(path.parent)
 
 
 # ---- what can go wrong --------------------------------------------------------------------------------------------

@@ -131,6 +131,25 @@ static int axf_copy_chunk(const axf_pair *pairs, const axf_chunk *chunk, int put
     return 0;
 }
 
+/* Bytes that lie one after another, to pieces of memory, likewise. */
+static int axf_scatter(const struct iovec *iov, const char *from, uint64_t left, int stream) {
+    sigjmp_buf jump;
+    if (sigsetjmp(jump, 0)) return EFAULT;
+    axf_guard = &jump;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    for (uint64_t n; left; ++iov, from += n, left -= n) {
+        n = iov->iov_len < left ? iov->iov_len : left;
+        if (stream && n >= 1024)
+            axf_stream(iov->iov_base, from, n);
+        else
+            memcpy(iov->iov_base, from, n);
+    }
+    if (stream) axf_stream_end();
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    axf_guard = 0;
+    return 0;
+}
+
 /* A few bytes, likewise. */
 static int axf_copy_bytes(void *to, const void *from, size_t n) {
     sigjmp_buf jump;

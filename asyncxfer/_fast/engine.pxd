@@ -16,6 +16,13 @@ cdef extern from "rows.h" nogil:
         uint64_t pair, row, skip, nbytes
 
 
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+
+cdef int scatter(const iovec* iov, const void* source, uint64_t nbytes, bint stream) noexcept nogil
 cdef int guarded(void (*call)(void*) noexcept nogil, void* argument) noexcept nogil
 cdef int copy_bytes(void* to, const void* source, size_t n) noexcept nogil
 

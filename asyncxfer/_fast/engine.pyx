@@ -25,6 +25,7 @@ cdef extern from "copy.h" nogil:
     void axf_guard_install()
     int axf_can_stream()
     int axf_guarded(void (*call)(void*) noexcept nogil, void* argument)
+    int axf_scatter(const iovec* iov, const char* source, uint64_t left, int stream)
     int axf_copy_bytes(void* to, const void* source, size_t n)
     int axf_copy_chunk(const axf_pair* pairs, const axf_chunk* chunk, int put, int stream)
     int axf_cma_chunk(const axf_pair* pairs, const axf_chunk* chunk, int put, int pid, uint64_t* moved)
@@ -229,6 +230,11 @@ cdef int move(op_t* op, uint32_t index) noexcept nogil:
 cdef int copy_bytes(void* to, const void* source, size_t n) noexcept nogil:
     """Copies what may go away under the copy: 0, or EFAULT. `acquire` or `guard` was called before."""
     return axf_copy_bytes(to, source, n)
+
+
+cdef int scatter(const iovec* iov, const void* source, uint64_t nbytes, bint stream) noexcept nogil:
+    """Copies so many bytes that lie one after another to pieces of memory: 0, or EFAULT; `stream`: past the caches."""
+    return axf_scatter(iov, <const char*>source, nbytes, stream and axf_can_stream())
 
 
 cdef int guarded(void (*call)(void*) noexcept nogil, void* argument) noexcept nogil:

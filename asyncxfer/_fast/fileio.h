@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <stdint.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -36,6 +37,14 @@ static inline uint64_t axf_file_size(int fd) {
 static inline int64_t axf_file_end(int fd) {
     off_t end = lseek(fd, 0, SEEK_END);
     return end < 0 ? INT64_MAX : (int64_t)end;
+}
+
+/* Whether the page cache has all of a range, as far as it may be told; -errno where it may not: before Linux 6.5, or
+ * by the rights on the file. */
+static inline int axf_file_cached(int fd, uint64_t offset, uint64_t nbytes) {
+    uint64_t range[2] = {offset, nbytes}, found[5], page = 4096;
+    if (syscall(451, fd, range, found, 0) != 0) return -errno; /* cachestat: the same on every architecture */
+    return found[0] >= (offset + nbytes + page - 1) / page - offset / page;
 }
 
 /* What follows after the first `got` bytes; `out` has room for n. */

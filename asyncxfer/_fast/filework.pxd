@@ -3,19 +3,17 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from asyncxfer._fast.completion cimport Prepared
-from asyncxfer._fast.engine cimport axf_pair
+from asyncxfer._fast.engine cimport axf_pair, iovec
 
 
 cdef extern from "fileio.h" nogil:
-    struct iovec:
-        void* iov_base
-        size_t iov_len
     int axf_down(int* p, int by)
     int axf_file_in_memory(int fd)
     uint64_t axf_file_size(int fd)
     int64_t axf_file_end(int fd)
     uint32_t axf_iov_rest(const iovec* iov, uint32_t n, uint64_t got, iovec* out)
     long long axf_file_move(int fd, const iovec* iov, uint32_t n, uint64_t offset, int write, int nowait)
+    int axf_file_cached(int fd, uint64_t offset, uint64_t nbytes)
     int axf_file_sync(int fd, int whole)
 
 
@@ -48,6 +46,9 @@ cdef struct file_t:
     int in_memory               # no device is behind it
     int can_refuse              # it knows RWF_NOWAIT, as far as has been seen
     int sync                    # a durability_t
+    const char* view            # its bytes as memory, for what the page cache has; NULL without
+    uint64_t view_bytes
+    int can_be_seen             # what the page cache has of it may be told, as far as has been seen
     uint64_t grain              # of offsets and lengths that go past the page cache, a power of 2
     uint64_t memory_grain       # of addresses, likewise
     gate_t gates[2]             # of those who write to it, and have locks of their own
@@ -75,6 +76,9 @@ cdef struct filework_t:
 cdef class OpenFile:
     cdef file_t f
     cdef readonly object owner
+
+    cdef void open_view(self) noexcept
+    cpdef void close_view(self) noexcept
 
 
 cdef class FileWork(Prepared):

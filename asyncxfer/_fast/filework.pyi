@@ -27,6 +27,7 @@ class OpenFile:
         memory_alignment: int,
         durability: Literal["none", "data", "full"],
     ) -> None: ...
+    def close_view(self) -> None: ...
 
 @disjoint_base
 class FileWork(Prepared):

@@ -17,8 +17,16 @@ from asyncxfer._fast.native cimport *
 
 import numpy as np
 
+cdef extern from "<sys/mman.h>" nogil:
+    void* mmap(void* addr, size_t length, int prot, int flags, int fd, long offset)
+    int munmap(void* addr, size_t length)
+    void* MAP_FAILED
+    enum: PROT_READ, MAP_SHARED
+
 cdef enum:
     PAGE = 4096
+
+cdef int64_t MOST_VIEW = 1 << 46        # a quarter of the address space
 
 # How long transfers may hold up the caller between two turns of its loop; 1 ms is the promise.
 cdef int64_t HELD_NS = 400_000
@@ -60,6 +68,7 @@ cdef class OpenFile:
         self.f.sync = _DURABILITIES[durability]
         self.f.in_memory = axf_file_in_memory(fd)
         self.f.can_refuse = not self.f.in_memory
+        self.open_view()
 
     def __cinit__(self, *args, **kwargs):
         global _live
@@ -68,6 +77,24 @@ cdef class OpenFile:
     def __dealloc__(self):
         global _live
         _live -= 1
+        self.close_view()
+
+    cdef void open_view(self) noexcept:
+        """Maps it, where a device is behind it: tmpfs would fill its holes."""
+        cdef int64_t end = axf_file_end(self.f.fd)
+        cdef void* view
+        if self.f.in_memory or end <= 0 or end > MOST_VIEW:
+            return
+        view = mmap(NULL, end, PROT_READ, MAP_SHARED, self.f.fd, 0)
+        if view == MAP_FAILED:
+            return
+        self.f.view, self.f.view_bytes, self.f.can_be_seen = <const char*>view, end, 1
+
+    cpdef void close_view(self) noexcept:
+        """Lets go of what keeps the file in use; nothing is in flight."""
+        if self.f.view != NULL:
+            munmap(<void*>self.f.view, self.f.view_bytes)
+            self.f.view, self.f.view_bytes = NULL, 0
 
 
 # ---- rows in the order of the file -------------------------------------------------------------------------------------

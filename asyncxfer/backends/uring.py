@@ -99,7 +99,9 @@ class UringBackend(Backend):
         return Registration(memory)
 
     def deregister(self, registration: Registration) -> None:
-        """There is nothing to undo."""
+        """Let go of a file; prepared transfers may still keep what stands for it."""
+        if isinstance(registration, _FileRegistration):
+            registration.file.close_view()
 
     async def connect(self, peer: PeerInfo) -> Endpoint:
         """Refuse: files are this agent's own.
