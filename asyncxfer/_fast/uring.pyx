@@ -6,11 +6,9 @@ have had to wait for; and transfers whose bytes are to reach the device before t
 under way as its window holds, in turns between transfers. A transfer that is to end early has its requests cancelled,
 and ends when each has been answered: the kernel then touches its memory no more.
 
-Many small pieces of memory cost a device, or what plays one for a virtual machine, more than a large one. So what is read
-past the page cache into small pieces goes to a stage, which is one piece, and is copied from there.
-
-Devices that are reached through a hypervisor take many small pieces of memory much more slowly than one large piece. So
-what is read past the page cache into small pieces is read into one of our own, and copied from there.
+Many small pieces of memory cost a device, or what plays one for a virtual machine, more than a large one. So what goes
+past the page cache between the file and small pieces goes by way of a stage, which is one piece: what is read is copied
+from there, what is written is copied there first.
 
 The ring belongs to the process and to its thread alone; others leave work on a stack, and wake it by an eventfd.
 """
@@ -70,6 +68,7 @@ cdef enum:
     STAGE_BYTES = 1 << 20
     MANY_PIECES = 8             # from here on a stage is used, where they are
     SMALL_PIECE = 65536         # smaller than this
+    FEW_COPIES = 4              # in one go: requests and answers wait meanwhile
     CANCELLED_ = 0              # `user_data` of what is no call: the answer to a cancellation
     WOKEN = 1
 
@@ -113,6 +112,7 @@ cdef struct state_t:
     char* stages                # all of them
     char* free_stages[STAGES]
     int nfree
+    int copies                  # made since the kernel was last called
     flights_t flights[PRIORITIES]       # what they have past the page cache has not all begun
     calls_t calls[PRIORITIES]           # single requests, and ends
     int64_t due                         # no transfer is out of time before; 0 never
@@ -227,24 +227,37 @@ cdef void arrive() noexcept nogil:
 
 cdef struct copy_t:
     const iovec* iov
-    const char* source
+    char* stage
     uint64_t left
+    int write
 
 
-cdef void copy_out(void* argument) noexcept nogil:
+cdef void copy(void* argument) noexcept nogil:
     cdef copy_t* c = <copy_t*>argument
     cdef uint64_t n
     while c.left:
         n = min(c.left, <uint64_t>c.iov.iov_len)
-        memcpy(c.iov.iov_base, c.source, n)
-        c.source += n
+        if c.write:
+            memcpy(c.stage, c.iov.iov_base, n)
+        else:
+            memcpy(c.iov.iov_base, c.stage, n)
+        c.stage += n
         c.left -= n
         c.iov += 1
 
 
+cdef int copy_staged(slot_t* slot, uint64_t nbytes) noexcept nogil:
+    """Brings so much of a request from its place to the stage, or back: 0, or EFAULT."""
+    cdef copy_t c
+    cdef const filework_t* w = slot.flight.work
+    c.iov, c.stage, c.left, c.write = &w.iov[w.requests[slot.request].iov], slot.stage, nbytes, w.write
+    state.copies += 1
+    return guarded(copy, &c)
+
+
 cdef bint better_staged(const filework_t* w, uint32_t request) noexcept nogil:
     cdef const request_t* r = &w.requests[request]
-    return (r.direct and not w.write and r.n >= MANY_PIECES and r.nbytes <= STAGE_BYTES
+    return (r.direct and r.n >= MANY_PIECES and r.nbytes <= STAGE_BYTES
             and r.nbytes // r.n < SMALL_PIECE and state.stages != NULL)
 
 
@@ -257,15 +270,21 @@ cdef void make_stages() noexcept nogil:
         state.nfree = STAGES
 
 
-cdef int leave_stage(slot_t* slot, uint64_t nbytes) noexcept nogil:
-    """Brings what has come to its place, and frees the stage: 0, or EFAULT."""
-    cdef copy_t c
+cdef int enter_stage(slot_t* slot) noexcept nogil:
+    """Takes a stage, and brings there what is to be written: 0, or EFAULT."""
     cdef const filework_t* w = slot.flight.work
-    c.iov, c.source, c.left = &w.iov[w.requests[slot.request].iov], slot.stage, nbytes
+    state.nfree -= 1
+    slot.stage = state.free_stages[state.nfree]
+    return copy_staged(slot, w.requests[slot.request].nbytes) if w.write else 0
+
+
+cdef int leave_stage(slot_t* slot, uint64_t got) noexcept nogil:
+    """Brings what was read to its place, and frees the stage: 0, or EFAULT."""
+    cdef int error = copy_staged(slot, got) if got and not slot.flight.work.write else 0
     state.free_stages[state.nfree] = slot.stage
     state.nfree += 1
     slot.stage = NULL
-    return guarded(copy_out, &c) if nbytes else 0
+    return error
 
 
 # ---- requests ----------------------------------------------------------------------------------------------------------
@@ -299,7 +318,7 @@ cdef bint ask(slot_t* slot) noexcept nogil:
         return True
     r = &w.requests[slot.request]
     if slot.stage != NULL:
-        sqe.opcode, sqe.fd, sqe.off = AXF_OP_READ, w.file.direct, r.offset
+        sqe.opcode, sqe.fd, sqe.off = AXF_OP_WRITE if w.write else AXF_OP_READ, w.file.direct, r.offset
         sqe.addr, sqe.len = <uint64_t>slot.stage, r.nbytes
         sqe.flags = AXF_SQE_ASYNC if slot.patient else 0
         return True
@@ -336,9 +355,10 @@ cdef void begin(flight_t* f, uint32_t request, uint32_t got) noexcept nogil:
         state.asked_bytes += f.work.requests[request].nbytes
         if got and not remember(slot):
             return
-        if got == 0 and state.nfree and better_staged(f.work, request):
-            state.nfree -= 1
-            slot.stage = state.free_stages[state.nfree]
+        if got == 0 and state.nfree and better_staged(f.work, request) and enter_stage(slot):
+            flight_trouble(f, request, 0, EFAULT)
+            finish(slot)
+            return
     again(slot)
 
 
@@ -442,8 +462,8 @@ cdef bint choose() noexcept nogil:
     return False
 
 
-cdef void fill() noexcept nogil:
-    """Prepares calls for as much as the window holds."""
+cdef bint fill() noexcept nogil:
+    """Prepares calls for as much as the window holds; True where copies have put off some of it."""
     cdef axf_sqe* sqe
     cdef slot_t* slot
     if not state.listening:
@@ -461,9 +481,11 @@ cdef void fill() noexcept nogil:
             elif ask(slot):
                 state.again = slot.next
             else:
-                return
+                return False
+        if state.copies >= FEW_COPIES:
+            return True
         if state.idle == NULL or state.asked_bytes >= MOST_BYTES or not choose():
-            return
+            return False
 
 
 cdef void sweep(int64_t now) noexcept nogil:
@@ -531,8 +553,10 @@ cdef int64_t sift_calls(calls_t* queue, int64_t due) noexcept nogil:
 
 
 cdef void reap() noexcept nogil:
+    """Takes the answers; where they have to be copied, a few. The kernel does not wait while there are others."""
     cdef axf_cqe cqe
-    while axf_ring_reap(&state.ring, &cqe):
+    state.copies = 0
+    while state.copies < FEW_COPIES and axf_ring_reap(&state.ring, &cqe):
         if cqe.user_data == WOKEN:
             state.listening = 0
         elif cqe.user_data != CANCELLED_:
@@ -542,6 +566,7 @@ cdef void reap() noexcept nogil:
 cdef void* run(void* arg) noexcept nogil:
     cdef int64_t now, wait
     cdef uint32_t least
+    cdef bint more
     axf_be_patient()            # event loops go first
     axf_ring_enable(&state.ring)
     make_stages()
@@ -550,13 +575,14 @@ cdef void* run(void* arg) noexcept nogil:
         arrive()
         if axf_swap(&state.stops, 0) or (state.due and axf_now() >= state.due):
             sweep(axf_now())
-        fill()
+        state.copies = 0
+        more = fill()
         if axf_load(&state.stopping) and state.asked == 0:
             break
         # What was left before `awake` is 0 is seen now; what comes later writes to the eventfd.
         axf_store(&state.awake, 0)
         least = 1
-        if axf_load64(<uint64_t*>&state.arrived) or axf_load(&state.stops) or axf_load(&state.stopping):
+        if more or axf_load64(<uint64_t*>&state.arrived) or axf_load(&state.stops) or axf_load(&state.stopping):
             least = 0
         wait = -1
         if state.due:
