@@ -10,19 +10,23 @@ Many small pieces of memory cost a device, or what plays one for a virtual machi
 past the page cache between the file and small pieces goes by way of a stage, which is one piece: what is read is copied
 from there, what is written is copied there first.
 
-The ring belongs to the process and to its thread alone; others leave work on a stack, and wake it by an eventfd.
+The ring belongs to the process and to its thread alone; others leave work on a stack, and wake it by an eventfd. Should
+the kernel refuse to go on with the ring (somebody has closed its descriptor, or forbidden the call), what was under way
+ends with that error, and no transfer is given to the ring any more.
 """
 
 import errno as _errno
 import os
 
-from libc.errno cimport EAGAIN, EFAULT, EINTR, EINVAL, EIO, ENOMEM, errno
+from cpython.ref cimport Py_INCREF
+from libc.errno cimport EAGAIN, EBADF, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP, ETIME, errno
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from posix.unistd cimport close, write
+from posix.fcntl cimport O_CLOEXEC
+from posix.unistd cimport close, read, write
 
-from asyncxfer._fast.completion cimport OK, op_t
+from asyncxfer._fast.completion cimport OK, Completion, op_t
 from asyncxfer._fast.engine cimport guarded
 from asyncxfer._fast.fileflight cimport *
 from asyncxfer._fast.filework cimport SYNC_DATA, axf_iov_rest, filework_t, iovec, request_t
@@ -32,6 +36,9 @@ from asyncxfer._fast.pthread cimport *
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initial, int flags)
     enum: EFD_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    int dup3(int source, int target, int flags)
 
 cdef extern from "uring.h" nogil:
     ctypedef struct axf_sqe:
@@ -118,6 +125,7 @@ cdef struct state_t:
     int64_t due                         # no transfer is out of time before; 0 never
     uint64_t woken
     int listening                       # the eventfd is being read
+    int broken                  # atomic: why the kernel no longer takes calls; set once
     # shared with others
     void* arrived               # atomic: a stack of calls
     int wake                    # the eventfd
@@ -344,8 +352,18 @@ cdef void again(slot_t* slot) noexcept nogil:
     state.again = slot
 
 
+cdef void fail(slot_t* slot, int error) noexcept nogil:
+    """Its call has failed, or cannot be made."""
+    if slot.request == SYNC:
+        flight_sync_trouble(slot.flight, error)
+    else:
+        flight_trouble(slot.flight, slot.request, slot.got, error)
+    finish(slot)
+
+
 cdef void begin(flight_t* f, uint32_t request, uint32_t got) noexcept nogil:
     """Takes a slot for a call; there is a free one."""
+    cdef int error = state.broken
     cdef slot_t* slot = state.idle
     state.idle = slot.next
     slot.flight, slot.request, slot.got = f, request, got
@@ -353,25 +371,21 @@ cdef void begin(flight_t* f, uint32_t request, uint32_t got) noexcept nogil:
     state.asked += 1
     if request != SYNC:
         state.asked_bytes += f.work.requests[request].nbytes
-        if got and not remember(slot):
-            return
-        if got == 0 and state.nfree and better_staged(f.work, request) and enter_stage(slot):
-            flight_trouble(f, request, 0, EFAULT)
-            finish(slot)
-            return
-    again(slot)
+        if error == 0 and got:
+            error = remember(slot)
+        elif error == 0 and state.nfree and better_staged(f.work, request):
+            error = enter_stage(slot)
+    if error:
+        fail(slot, error)
+    else:
+        again(slot)
 
 
-cdef bint remember(slot_t* slot) noexcept nogil:
-    """Makes room for what follows the part that has come; without it, the request has failed."""
-    cdef flight_t* f = slot.flight
+cdef int remember(slot_t* slot) noexcept nogil:
+    """Makes room for what follows the part that has come: 0, or ENOMEM."""
     if slot.rest == NULL:
-        slot.rest = <iovec*>malloc(f.work.requests[slot.request].n * sizeof(iovec))
-    if slot.rest == NULL:
-        flight_trouble(f, slot.request, slot.got, ENOMEM)
-        finish(slot)
-        return False
-    return True
+        slot.rest = <iovec*>malloc(slot.flight.work.requests[slot.request].n * sizeof(iovec))
+    return 0 if slot.rest != NULL else ENOMEM
 
 
 cdef void finish(slot_t* slot) noexcept nogil:
@@ -395,14 +409,16 @@ cdef void finish(slot_t* slot) noexcept nogil:
 cdef void answered(slot_t* slot, int32_t res) noexcept nogil:
     cdef flight_t* f = slot.flight
     cdef const request_t* r
+    cdef int error = 0
     if (res == -EINTR or res == -EAGAIN) and slot.patient < MOST_TRIES and flight_status(f) == OK:
         slot.patient += 1
         again(slot)
         return
     if slot.request == SYNC:
         if res < 0:
-            flight_sync_trouble(f, -res)
-        finish(slot)
+            fail(slot, -res)
+        else:
+            finish(slot)
         return
     r = &f.work.requests[slot.request]
     if res == -EINVAL and r.direct and not slot.plain and flight_status(f) == OK:
@@ -412,19 +428,24 @@ cdef void answered(slot_t* slot, int32_t res) noexcept nogil:
         again(slot)
         return
     if res <= 0:
-        flight_trouble(f, slot.request, slot.got, EIO if res == 0 and f.work.write else -res)
-    elif slot.stage != NULL and leave_stage(slot, min(<uint32_t>res, r.nbytes)):
-        flight_trouble(f, slot.request, 0, EFAULT)
-    else:
+        fail(slot, EIO if res == 0 and f.work.write else -res)
+        return
+    if slot.stage != NULL:
+        error = leave_stage(slot, min(<uint32_t>res, r.nbytes))
+    if error == 0:
         slot.got += <uint32_t>res
         slot.plain = 1                  # what follows a part of a request may begin anywhere
         if slot.got >= r.nbytes:
             flight_moved(f, slot.request, r.nbytes)
         elif flight_status(f) == OK:
-            if remember(slot):
+            error = remember(slot)
+            if error == 0:
                 again(slot)
-            return
-    finish(slot)
+                return
+    if error:
+        fail(slot, error)
+    else:
+        finish(slot)
 
 
 cdef bint choose() noexcept nogil:
@@ -563,9 +584,51 @@ cdef void reap() noexcept nogil:
             answered(<slot_t*>cqe.user_data, cqe.res)
 
 
+cdef void break_down(int error) noexcept nogil:
+    """The kernel does not go on with the ring: ends all that it was given.
+
+    Nobody can tell when the kernel is done with what it has under way. So memory that it may still touch is never freed.
+    """
+    cdef slot_t* slot
+    cdef int i, wake
+    axf_store(&state.broken, error)
+    state.again = NULL
+    for i in range(MOST_CALLS):
+        slot = &state.slots[i]
+        if slot.flight != NULL:
+            with gil:
+                Py_INCREF((<Completion>slot.flight.op.owner).prepared)
+            fail(slot, error)
+    wake = eventfd(0, EFD_CLOEXEC)
+    if wake >= 0:                       # the old one may still be read by the kernel
+        dup3(wake, state.wake, O_CLOEXEC)
+        close(wake)
+    if error == EBADF or error == EOPNOTSUPP or error == EEXIST:
+        state.ring.fd = -1              # what has its number, if anything, is not ours to close
+
+
+cdef void end_all() noexcept nogil:
+    """Ends what is still left to a ring that has broken down, until it is released."""
+    while True:
+        axf_store(&state.awake, 1)
+        arrive()
+        while choose():
+            pass
+        axf_store(&state.awake, 0)
+        if axf_load(&state.stopping):
+            return
+        if not axf_load64(<uint64_t*>&state.arrived):
+            read(state.wake, &state.woken, 8)
+
+
+cdef bint fatal(int error) noexcept nogil:
+    return error != 0 and error != ETIME and error != EINTR and error != EAGAIN and error != EBUSY
+
+
 cdef void* run(void* arg) noexcept nogil:
     cdef int64_t now, wait
     cdef uint32_t least
+    cdef int error
     cdef bint more
     axf_be_patient()            # event loops go first
     axf_ring_enable(&state.ring)
@@ -588,14 +651,18 @@ cdef void* run(void* arg) noexcept nogil:
         if state.due:
             now = axf_now()
             wait = max(state.due - now, <int64_t>0)
-        axf_ring_enter(&state.ring, least, wait)
+        error = axf_ring_enter(&state.ring, least, wait)
         reap()
+        if fatal(error):
+            break_down(error)
+            end_all()
+            break
     return NULL
 
 
 cdef int ring_start() noexcept nogil:
     """Has the ring and its thread ready; 0, or errno."""
-    cdef int error = 0, i
+    cdef int error = axf_load(&state.broken), i
     pthread_mutex_lock(&start_lock)
     if not state.running:
         memset(&state, 0, sizeof(state))
