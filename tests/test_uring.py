@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -259,6 +261,63 @@ async def test_small_pieces_arrive_however_many(via: str, tmp_path: Path) -> Non
             there = in_a_row(copy * PIECE * PIECES)
             await agent.get(memory.rows(scattered()), file.rows(there), backend=f"uring:{via}")
             assert gathered(memory.array) == expected[: PIECE * PIECES]
+
+
+def played(file: Region) -> None:
+    """Have the backend take a file's device for one that a hypervisor plays."""
+    owner = file.memory.owner
+    assert isinstance(owner, File)
+    registration: Any = file.registrations["uring"]
+    registration.file = OpenFile(
+        owner,
+        owner.fd,
+        owner.direct_fd,
+        alignment=owner.alignment,
+        memory_alignment=owner.memory_alignment,
+        durability=owner.durability,
+        emulated=True,
+    )
+
+
+@needs_ring
+@pytest.mark.parametrize("advice", [mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE], ids=["huge", "small"])
+async def test_large_rows_of_a_device_that_a_hypervisor_plays(advice: int, tmp_path: Path) -> None:
+    path, nbytes = tmp_path / "file", 40 << 20  # more than there are stages
+    space = mmap.mmap(-1, 2 * nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    space.madvise(advice)
+    memory = np.frombuffer(space, np.uint8)
+    memory[:nbytes] = np.random.default_rng(4).integers(0, 256, nbytes, np.uint8)
+    async with (
+        Agent("a") as agent,
+        agent.register(memory) as region,
+        agent.open(path, "w", size=nbytes, direct=True) as file,
+    ):
+        played(file)
+        await agent.put(region[:nbytes], file[:], backend="uring:ring")
+        assert await asyncio.to_thread(path.read_bytes) == memory[:nbytes].tobytes()
+        await agent.get(region[nbytes:], file[:], backend="uring:ring")
+        assert (memory[nbytes:] == memory[:nbytes]).all()
+        os.truncate(path, nbytes - 36_864)
+        with pytest.raises(TransferError, match=r"expected at offset .* found: the file is shorter") as caught:
+            await agent.get(region[nbytes:], file[:], backend="uring:ring")
+        assert str(path) in str(caught.value)
+
+
+@needs_ring
+@pytest.mark.parametrize("op", ["put", "get"])
+async def test_large_rows_of_memory_that_goes_away(op: str, tmp_path: Path) -> None:
+    path, mapped = tmp_path / "file", tmp_path / "mapped"
+    path.write_bytes(b"\1" * NBYTES)
+    mapped.write_bytes(b"\2" * NBYTES)
+    memory = np.memmap(mapped, np.uint8, "r+")
+    async with Agent("a") as agent, agent.register(memory) as region, agent.open(path, "r+", direct=True) as file:
+        played(file)
+        call = agent.put if op == "put" else agent.get
+        os.truncate(mapped, NBYTES // 2)
+        with pytest.raises(TransferError, match="went away"):
+            await call(region[:], file[:], backend="uring:ring")
+        await call(region[: NBYTES // 2], file[: NBYTES // 2], backend="uring:ring")
+        assert mapped.read_bytes() == path.read_bytes()[: NBYTES // 2]
 
 
 @contextlib.contextmanager

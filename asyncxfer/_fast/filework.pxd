@@ -11,6 +11,7 @@ cdef extern from "fileio.h" nogil:
         size_t iov_len
     int axf_down(int* p, int by)
     int axf_file_in_memory(int fd)
+    int axf_file_emulated(int fd)
     uint64_t axf_file_size(int fd)
     uint32_t axf_iov_rest(const iovec* iov, uint32_t n, uint64_t got, iovec* out)
     long long axf_file_move(int fd, const iovec* iov, uint32_t n, uint64_t offset, int write, int nowait)
@@ -46,6 +47,7 @@ cdef struct file_t:
     int in_memory               # no device is behind it
     int can_refuse              # it knows RWF_NOWAIT, as far as has been seen
     int sync                    # a durability_t
+    int emulated                # a hypervisor plays its device, and takes each piece of memory by itself
     uint64_t grain              # of offsets and lengths that go past the page cache, a power of 2
     uint64_t memory_grain       # of addresses, likewise
     gate_t gates[2]             # of those who write to it, and have locks of their own

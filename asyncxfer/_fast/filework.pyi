@@ -24,6 +24,7 @@ class OpenFile:
         alignment: int,
         memory_alignment: int,
         durability: Literal["none", "data", "full"],
+        emulated: bool | None = None,
     ) -> None: ...
 
 @disjoint_base

@@ -23,7 +23,7 @@ from libc.errno cimport EAGAIN, EBADF, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, EIO
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from posix.fcntl cimport O_CLOEXEC
+from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
 from posix.unistd cimport close, read, write
 
 from asyncxfer._fast.completion cimport OK, Completion, op_t
@@ -60,6 +60,7 @@ cdef extern from "uring.h" nogil:
     axf_sqe* axf_ring_next(axf_ring* r)
     int axf_ring_enter(axf_ring* r, uint32_t least, int64_t nanoseconds)
     int axf_ring_reap(axf_ring* r, axf_cqe* out)
+    int axf_in_huge_pages(int pagemap, const void* at, uint64_t nbytes)
     char* axf_stages(size_t nbytes)
     void axf_stages_free(char* stages, size_t nbytes)
     enum:
@@ -67,6 +68,7 @@ cdef extern from "uring.h" nogil:
         AXF_SQE_ASYNC, AXF_FSYNC_DATA
 
 cdef enum:
+    PAGE = 4096
     PRIORITIES = 3
     ENTRIES = 256
     MOST_CALLS = 256            # under way
@@ -75,6 +77,7 @@ cdef enum:
     STAGE_BYTES = 1 << 20
     MANY_PIECES = 8             # from here on a stage is used, where they are
     SMALL_PIECE = 65536         # smaller than this
+    MANY_PAGES = 32             # likewise where a hypervisor plays the device
     FEW_COPIES = 4              # in one go: requests and answers wait meanwhile
     CANCELLED_ = 0              # `user_data` of what is no call: the answer to a cancellation
     WOKEN = 1
@@ -116,6 +119,7 @@ cdef struct state_t:
     slot_t* again
     uint32_t asked
     uint64_t asked_bytes
+    int pagemap                 # tells of pages
     char* stages                # all of them
     char* free_stages[STAGES]
     int nfree
@@ -265,13 +269,19 @@ cdef int copy_staged(slot_t* slot, uint64_t nbytes) noexcept nogil:
 
 cdef bint better_staged(const filework_t* w, uint32_t request) noexcept nogil:
     cdef const request_t* r = &w.requests[request]
-    return (r.direct and r.n >= MANY_PIECES and r.nbytes <= STAGE_BYTES
-            and r.nbytes // r.n < SMALL_PIECE and state.stages != NULL)
+    cdef const iovec* first = &w.iov[r.iov]
+    if not r.direct or r.nbytes > STAGE_BYTES or state.stages == NULL:
+        return False
+    if r.n >= MANY_PIECES and r.nbytes // r.n < SMALL_PIECE:
+        return True
+    return (w.file.emulated and r.nbytes >= MANY_PAGES * PAGE
+            and not axf_in_huge_pages(state.pagemap, first.iov_base, first.iov_len))
 
 
 cdef void make_stages() noexcept nogil:
     cdef int i
     state.stages = axf_stages(STAGES * STAGE_BYTES)
+    state.pagemap = open(b"/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
     if state.stages != NULL:
         for i in range(STAGES):
             state.free_stages[i] = state.stages + i * STAGE_BYTES
@@ -729,6 +739,8 @@ cdef void forget() noexcept nogil:
     axf_ring_close(&state.ring)
     if state.stages != NULL:
         axf_stages_free(state.stages, STAGES * STAGE_BYTES)
+    if state.pagemap > 0:
+        close(state.pagemap)
     close(state.wake)
     memset(&state, 0, sizeof(state))
     state.ring.fd = state.wake = -1
