@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,7 @@ from asyncxfer import Agent, Config, NoRouteError, Region, TransferError, Transf
 from asyncxfer._fast import fileio, uring
 from asyncxfer._fast.descriptors import from_arrays, pair
 from asyncxfer._fast.filework import FileWork, OpenFile
+from asyncxfer._files import Durability
 from asyncxfer.abc import File
 from asyncxfer.backends.uring import UringBackend
 from asyncxfer.testing import FileContract
@@ -214,6 +218,186 @@ async def test_many_small_writes_at_once(via: str, tmp_path: Path) -> None:
         assert (tmp_path / "file").read_bytes() == data.tobytes()
 
 
+# ---- by way of a stage --------------------------------------------------------------------------------------------
+
+PIECE, PIECES = 16_384, 256
+
+
+def scattered() -> npt.NDArray[np.int64]:
+    """Rows of memory, in an order in which no two lie side by side."""
+    order = np.random.default_rng(6).permutation(PIECES)
+    return np.stack([order * 2 * PIECE, np.full(PIECES, PIECE)], axis=1)
+
+
+def in_a_row(start: int = 0) -> npt.NDArray[np.int64]:
+    """As many rows of a file, side by side."""
+    return np.stack([start + np.arange(PIECES) * PIECE, np.full(PIECES, PIECE)], axis=1)
+
+
+def gathered(memory: npt.NDArray[np.uint8]) -> bytes:
+    """What the file holds once the scattered rows of a memory have been put there."""
+    return b"".join(memory[at : at + length].tobytes() for at, length in scattered())
+
+
+@both_ways
+async def test_small_pieces_arrive_however_many(via: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    random = np.random.default_rng(8)
+    async with (
+        Agent("a") as agent,
+        agent.allocate(2 * PIECE * PIECES, "uint8") as memory,
+        agent.open(path, "w", size=16 * PIECE * PIECES, direct=True, durability="data") as file,
+    ):
+        expected = bytearray()
+        posted = []
+        memory.array[:] = random.integers(0, 256, memory.nbytes, np.uint8)
+        for copy in range(16):  # more than there are stages
+            there = in_a_row(copy * PIECE * PIECES)
+            posted.append(agent.put(memory.rows(scattered()), file.rows(there), backend=f"uring:{via}"))
+            expected += gathered(memory.array)
+        for transfer in posted:
+            await transfer
+        assert await asyncio.to_thread(path.read_bytes) == expected
+        memory.array[:] = 0
+        for copy in (3, 7):
+            there = in_a_row(copy * PIECE * PIECES)
+            await agent.get(memory.rows(scattered()), file.rows(there), backend=f"uring:{via}")
+            assert gathered(memory.array) == expected[: PIECE * PIECES]
+
+
+def played(file: Region) -> None:
+    """Have the backend take a file's device for one that a hypervisor plays."""
+    owner = file.memory.owner
+    assert isinstance(owner, File)
+    registration: Any = file.registrations["uring"]
+    registration.file = OpenFile(
+        owner,
+        owner.fd,
+        owner.direct_fd,
+        alignment=owner.alignment,
+        memory_alignment=owner.memory_alignment,
+        durability=owner.durability,
+        emulated=True,
+    )
+
+
+@needs_ring
+@pytest.mark.parametrize("advice", [mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE], ids=["huge", "small"])
+async def test_large_rows_of_a_device_that_a_hypervisor_plays(advice: int, tmp_path: Path) -> None:
+    path, nbytes = tmp_path / "file", 40 << 20  # more than there are stages
+    space = mmap.mmap(-1, 2 * nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    space.madvise(advice)
+    memory = np.frombuffer(space, np.uint8)
+    memory[:nbytes] = np.random.default_rng(4).integers(0, 256, nbytes, np.uint8)
+    async with (
+        Agent("a") as agent,
+        agent.register(memory) as region,
+        agent.open(path, "w", size=nbytes, direct=True) as file,
+    ):
+        played(file)
+        await agent.put(region[:nbytes], file[:], backend="uring:ring")
+        assert await asyncio.to_thread(path.read_bytes) == memory[:nbytes].tobytes()
+        await agent.get(region[nbytes:], file[:], backend="uring:ring")
+        assert (memory[nbytes:] == memory[:nbytes]).all()
+        os.truncate(path, nbytes - 36_864)
+        with pytest.raises(TransferError, match=r"expected at offset .* found: the file is shorter") as caught:
+            await agent.get(region[nbytes:], file[:], backend="uring:ring")
+        assert str(path) in str(caught.value)
+
+
+@needs_ring
+@pytest.mark.parametrize("op", ["put", "get"])
+async def test_large_rows_of_memory_that_goes_away(op: str, tmp_path: Path) -> None:
+    path, mapped = tmp_path / "file", tmp_path / "mapped"
+    path.write_bytes(b"\1" * NBYTES)
+    mapped.write_bytes(b"\2" * NBYTES)
+    memory = np.memmap(mapped, np.uint8, "r+")
+    async with Agent("a") as agent, agent.register(memory) as region, agent.open(path, "r+", direct=True) as file:
+        played(file)
+        call = agent.put if op == "put" else agent.get
+        os.truncate(mapped, NBYTES // 2)
+        with pytest.raises(TransferError, match="went away"):
+            await call(region[:], file[:], backend="uring:ring")
+        await call(region[: NBYTES // 2], file[: NBYTES // 2], backend="uring:ring")
+        assert mapped.read_bytes() == path.read_bytes()[: NBYTES // 2]
+
+
+@contextlib.contextmanager
+def files_end_at(nbytes: int) -> Iterator[None]:
+    """For this process: what is written across it is written in part."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@both_ways
+@pytest.mark.parametrize("limit", [80 * PIECE, 80 * PIECE + 100], ids=["aligned", "odd"])
+async def test_a_short_write_goes_on_where_it_ended(via: str, limit: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    async with (
+        Agent("a") as agent,
+        agent.allocate(2 * PIECE * PIECES, "uint8") as memory,
+        agent.open(path, "w", size=PIECE * PIECES, direct=True) as file,
+    ):
+        memory.array[:] = np.random.default_rng(9).integers(1, 256, memory.nbytes, np.uint8)
+        rows = memory.rows(scattered()[:128]), file.rows(in_a_row()[:128])
+        with files_end_at(limit), pytest.raises(TransferError, match="File too large") as caught:
+            await agent.put(*rows, backend=f"uring:{via}")
+        assert f"write of 16,384 bytes at offset 1,310,720): '{path}'" in str(caught.value)
+        assert await asyncio.to_thread(path.read_bytes) == gathered(memory.array)[:limit].ljust(file.nbytes, b"\0")
+        await agent.put(*rows, backend=f"uring:{via}")
+        assert (await asyncio.to_thread(path.read_bytes))[: 128 * PIECE] == gathered(memory.array)[: 128 * PIECE]
+
+
+@both_ways
+@pytest.mark.parametrize("op", ["put", "get"])
+async def test_memory_that_goes_away_under_a_stage(via: str, op: str, tmp_path: Path) -> None:
+    path, mapped = tmp_path / "file", tmp_path / "mapped"
+    path.write_bytes(b"\1" * PIECE * PIECES)
+    mapped.write_bytes(b"\2" * 2 * PIECE * PIECES)
+    memory = np.memmap(mapped, np.uint8, "r+")
+    async with (
+        Agent("a") as agent,
+        agent.register(memory) as region,
+        agent.open(path, "r+", direct=True) as file,
+    ):
+        call = agent.put if op == "put" else agent.get
+        os.truncate(mapped, PIECE)
+        for _ in range(10):  # so often that stages would run out if they were not given back
+            with pytest.raises(TransferError, match="went away"):
+                await call(region.rows(scattered()), file.rows(in_a_row()), backend=f"uring:{via}")
+        os.truncate(mapped, 2 * PIECE * PIECES)
+        memory[:] = np.random.default_rng(1).integers(0, 256, len(memory), np.uint8)
+        await agent.put(region.rows(scattered()), file.rows(in_a_row()), backend=f"uring:{via}")
+        assert path.read_bytes() == gathered(memory)
+
+
+@both_ways
+async def test_puts_of_small_pieces_that_end_early(via: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    async with (
+        Agent("a") as agent,
+        agent.allocate(2 * PIECE * PIECES, "uint8") as memory,
+        agent.open(path, "w", size=PIECE * PIECES, direct=True, durability="data") as file,
+    ):
+        plan = agent.prepare("put", memory.rows(scattered()), file.rows(in_a_row()), backend=f"uring:{via}")
+        for at in range(2 * ROUNDS):
+            posted = [plan(timeout=0.001 if at % 2 else None) for _ in range(12)]
+            if at % 4:
+                await asyncio.sleep(0)
+            for transfer in posted[at % 3 :]:
+                transfer.cancel()
+            for transfer in posted:
+                with contextlib.suppress(TransferTimeout, asyncio.CancelledError):
+                    await transfer
+            memory.array[:] = np.random.default_rng(at).integers(0, 256, memory.nbytes, np.uint8)
+            await plan()
+            assert await asyncio.to_thread(path.read_bytes) == gathered(memory.array)
+
+
 # ---- within the call that posts -----------------------------------------------------------------------------------
 
 
@@ -401,6 +585,70 @@ async def test_a_full_disk(via: str, small: Path) -> None:
             await agent.put(region[:], file[:], backend=f"uring:{via}")
         assert "No space left" in str(caught.value)
         await agent.put(region[: 1 << 18], file[: 1 << 18], backend=f"uring:{via}")
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A file system on a device, with room for about two mebibytes."""
+    if os.geteuid():
+        pytest.skip("mounting a file system needs root")
+    image, folder = tmp_path / "image", tmp_path / "mounted"
+    folder.mkdir()
+    image.write_bytes(b"")
+    os.truncate(image, 8 << 20)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-N", "16", "-O", "^has_journal", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, folder], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("there are no loop devices here, or no ext4")
+    with (folder / "filler").open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize - (2 << 20))
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@both_ways
+async def test_a_full_disk_past_the_page_cache(via: str, full: Path) -> None:
+    path = full / "file"
+    async with (
+        Agent("a") as agent,
+        agent.allocate(2 * PIECE * PIECES, "uint8") as memory,
+        agent.open(path, "w", size=PIECE * PIECES, direct=True) as file,  # sparse: it fits
+    ):
+        memory.array[:] = np.random.default_rng(9).integers(1, 256, memory.nbytes, np.uint8)
+        with pytest.raises(TransferError, match=f"write of 16,384 bytes at offset .*{path}") as caught:
+            await agent.put(memory.rows(scattered()), file.rows(in_a_row()), backend=f"uring:{via}")
+        assert "No space left" in str(caught.value)
+        (full / "filler").unlink()
+        await agent.put(memory.rows(scattered()), file.rows(in_a_row()), backend=f"uring:{via}")
+        assert await asyncio.to_thread(path.read_bytes) == gathered(memory.array)
+
+
+@pytest.fixture
+def hollow(small: Path) -> Iterator[Path]:
+    """A block device of four mebibytes, of which one can be written."""
+    image = small / "image"
+    image.write_bytes(b"")
+    os.truncate(image, NBYTES)
+    try:
+        made = subprocess.run(["losetup", "--find", "--show", image], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("there are no loop devices here")
+    device = made.stdout.strip()
+    yield Path(device)
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@both_ways
+@pytest.mark.parametrize("durability", ["data", "full"])
+async def test_a_sync_that_fails(via: str, durability: Durability, hollow: Path) -> None:
+    async with (
+        Agent("a") as agent,
+        agent.register(np.ones(NBYTES, np.uint8)) as region,
+        agent.open(hollow, "r+", durability=durability) as file,
+    ):
+        with pytest.raises(TransferError, match=rf"(Input/output error|No space left on device) \(sync\): '{hollow}'"):
+            await agent.put(region[:], file[:], backend=f"uring:{via}")
 
 
 @both_ways
@@ -602,6 +850,89 @@ def test_a_fork_while_the_ring_is_busy(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+BROKEN = """
+import asyncio, os, sys
+import numpy as np
+from asyncxfer import Agent, TransferError
+
+def paths(folder, name):
+    here = [f"/proc/self/{folder}/{each}" for each in os.listdir(f"/proc/self/{folder}")]
+    return [path for path in here if os.path.lexists(path) and name(path)]
+
+def rings():
+    return paths("fd", lambda path: "io_uring" in os.readlink(path))
+
+def sleeps():
+    threads = paths("task", lambda path: open(path + "/comm").read() == "axf-ring\\n")
+    return [open(path + "/stat").read().rsplit(")", 1)[1].split()[0] for path in threads] == ["S"]
+
+async def main(folder, how, busy):
+    data = np.random.default_rng(1).integers(0, 256, 16 << 20, np.uint8)
+    async with Agent("a") as agent, agent.allocate(data.size, "uint8") as memory:
+        memory.array[:] = data
+        path, other = os.path.join(folder, "file"), os.path.join(folder, "other")
+        async with (
+            agent.open(path, "w", size=data.size, direct=True) as direct,
+            agent.open(other, "w", size=data.size, durability="data") as synced,
+        ):
+            get = agent.prepare("get", memory[:], direct[:], backend="uring:ring")
+            put = agent.prepare("put", memory[:], synced[:], backend="uring:ring")
+            await agent.put(memory[:], direct[:], backend="uring:ring")
+            (ring,) = rings()
+            number = int(os.path.basename(ring))
+            posted = [get() for _ in range(8)] if busy == "busy" else []
+            if how == "closed":
+                os.close(number)
+            else:
+                useless = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(useless, number)
+            posted += [put(), get(), get(timeout=30)]
+            failures = []
+            for transfer in posted:
+                try:
+                    await transfer
+                except TransferError as error:
+                    failures.append(str(error))
+            assert failures
+            for failure in failures:
+                assert ("Bad file descriptor" if how == "closed" else "Operation not supported") in failure
+                assert f"'{path}'" in failure or f"(sync): '{other}'" in failure
+            while not sleeps():
+                await asyncio.sleep(0.01)
+            memory.array[:] = 0
+            await get()
+            assert (memory.array == data).all()
+            await put()
+            assert open(other, "rb").read() == data.tobytes()
+    assert not rings()
+    async with Agent("a") as agent, agent.allocate(data.size, "uint8") as memory:
+        async with agent.open(path, direct=True) as direct:
+            await agent.get(memory[:], direct[:], backend="uring:ring")
+            assert (memory.array == data).all()
+            assert rings()
+    if how != "closed":
+        os.close(useless)
+        os.fstat(number)  # not ours, and so not closed
+    print("good")
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@needs_ring
+@pytest.mark.parametrize("busy", ["busy", "idle"])
+@pytest.mark.parametrize("how", ["closed", "replaced"])
+def test_a_ring_that_breaks_down(how: str, busy: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, str(tmp_path), how, busy],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
 
 
 @both_ways

@@ -7,8 +7,11 @@
 #endif
 #include <errno.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -25,6 +28,18 @@ static inline int axf_down(int *p, int by) { return __atomic_sub_fetch(p, by, __
 static inline int axf_file_in_memory(int fd) {
     struct statfs s;
     return fstatfs(fd, &s) == 0 && ((uint32_t)s.f_type == 0x01021994u || (uint32_t)s.f_type == 0x858458f6u);
+}
+
+/* Whether it lies on, or is, a device that a hypervisor plays by virtio, as far as sysfs tells. */
+static inline int axf_file_emulated(int fd) {
+    struct stat s;
+    char name[64], path[1024];
+    if (fstat(fd, &s) != 0) return 0;
+    dev_t device = S_ISBLK(s.st_mode) ? s.st_rdev : s.st_dev;
+    snprintf(name, sizeof name, "/sys/dev/block/%u:%u", major(device), minor(device));
+    ssize_t n = readlink(name, path, sizeof path - 1);
+    path[n < 0 ? 0 : n] = 0;
+    return strstr(path, "/virtio") != 0;
 }
 
 /* How long it is; UINT64_MAX where that does not change under a transfer, as with a device. */

@@ -9,6 +9,7 @@ from asyncxfer._fast.engine cimport axf_pair, iovec
 cdef extern from "fileio.h" nogil:
     int axf_down(int* p, int by)
     int axf_file_in_memory(int fd)
+    int axf_file_emulated(int fd)
     uint64_t axf_file_size(int fd)
     int64_t axf_file_end(int fd)
     uint32_t axf_iov_rest(const iovec* iov, uint32_t n, uint64_t got, iovec* out)
@@ -49,6 +50,7 @@ cdef struct file_t:
     const char* view            # its bytes as memory, for what the page cache has; NULL without
     uint64_t view_bytes
     int can_be_seen             # what the page cache has of it may be told, as far as has been seen
+    int emulated                # a hypervisor plays its device, and takes each piece of memory by itself
     uint64_t grain              # of offsets and lengths that go past the page cache, a power of 2
     uint64_t memory_grain       # of addresses, likewise
     gate_t gates[2]             # of those who write to it, and have locks of their own

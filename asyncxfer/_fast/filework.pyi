@@ -26,6 +26,7 @@ class OpenFile:
         alignment: int,
         memory_alignment: int,
         durability: Literal["none", "data", "full"],
+        emulated: bool | None = None,
     ) -> None: ...
     def close_view(self) -> None: ...
 

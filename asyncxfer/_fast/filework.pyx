@@ -56,9 +56,15 @@ cdef class OpenFile:
         Of what goes past it.
     durability : {"none", "data", "full"}
         What the end of a write stands for.
+    emulated : bool or None
+        A hypervisor plays the device, for which each piece of memory is work, and each page may be one; None: as sysfs
+        tells.
     """
 
-    def __init__(self, owner, int fd, int direct_fd, *, uint64_t alignment, uint64_t memory_alignment, str durability):
+    def __init__(
+        self, owner, int fd, int direct_fd, *, uint64_t alignment, uint64_t memory_alignment, str durability,
+        emulated=None,
+    ):
         for value in (alignment, memory_alignment):
             if value & (value - 1) or not value:
                 raise ValueError(f"an alignment of {value} bytes; expected a power of 2")
@@ -66,6 +72,7 @@ cdef class OpenFile:
         self.f.fd, self.f.direct = fd, direct_fd
         self.f.grain, self.f.memory_grain = alignment, memory_alignment
         self.f.sync = _DURABILITIES[durability]
+        self.f.emulated = axf_file_emulated(fd) if emulated is None else emulated
         self.f.in_memory = axf_file_in_memory(fd)
         self.f.can_refuse = not self.f.in_memory
         self.open_view()

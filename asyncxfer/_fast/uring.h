@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -166,6 +167,23 @@ static inline int axf_ring_reap(axf_ring *r, axf_cqe *out) {
     *out = r->cqes[head & r->cq_mask];
     __atomic_store_n(r->cq_head, head + 1, __ATOMIC_RELEASE);
     return 1;
+}
+
+/* Whether all of it lies in huge pages, by the PAGEMAP_SCAN of /proc/self/pagemap (Linux 6.7, linux/fs.h); 1 where that
+ * cannot be told. */
+static inline int axf_in_huge_pages(int pagemap, const void *at, uint64_t nbytes) {
+    struct { uint64_t start, end, categories; } found;
+    struct {
+        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+        uint64_t inverted, mask, anyof_mask, return_mask;
+    } arg;
+    uint64_t page = 4096, start = (uint64_t)(uintptr_t)at & -page, end = ((uint64_t)(uintptr_t)at + nbytes) & -page;
+    memset(&arg, 0, sizeof arg);
+    arg.size = sizeof arg, arg.start = start, arg.end = end;
+    arg.vec = (uint64_t)(uintptr_t)&found, arg.vec_len = 1;
+    arg.mask = arg.return_mask = 1 << 6; /* PAGE_IS_HUGE */
+    int rc = ioctl(pagemap, _IOWR('f', 16, arg), &arg);
+    return rc < 0 || (rc == 1 && found.start == start && found.end == end);
 }
 
 /* Memory in pieces that are as large as can be had; it takes none before it is used. 0 where there is none. */

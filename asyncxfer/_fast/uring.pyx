@@ -6,25 +6,27 @@ have had to wait for; and transfers whose bytes are to reach the device before t
 under way as its window holds, in turns between transfers. A transfer that is to end early has its requests cancelled,
 and ends when each has been answered: the kernel then touches its memory no more.
 
-Many small pieces of memory cost a device, or what plays one for a virtual machine, more than a large one. So what is read
-past the page cache into small pieces goes to a stage, which is one piece, and is copied from there.
+Many small pieces of memory cost a device, or what plays one for a virtual machine, more than a large one. So what goes
+past the page cache between the file and small pieces goes by way of a stage, which is one piece: what is read is copied
+from there, what is written is copied there first.
 
-Devices that are reached through a hypervisor take many small pieces of memory much more slowly than one large piece. So
-what is read past the page cache into small pieces is read into one of our own, and copied from there.
-
-The ring belongs to the process and to its thread alone; others leave work on a stack, and wake it by an eventfd.
+The ring belongs to the process and to its thread alone; others leave work on a stack, and wake it by an eventfd. Should
+the kernel refuse to go on with the ring (somebody has closed its descriptor, or forbidden the call), what was under way
+ends with that error, and no transfer is given to the ring any more.
 """
 
 import errno as _errno
 import os
 
-from libc.errno cimport EAGAIN, EFAULT, EINTR, EINVAL, EIO, ENOMEM, errno
+from cpython.ref cimport Py_INCREF
+from libc.errno cimport EAGAIN, EBADF, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP, ETIME, errno
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from posix.unistd cimport close, write
+from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
+from posix.unistd cimport close, read, write
 
-from asyncxfer._fast.completion cimport OK, op_t
+from asyncxfer._fast.completion cimport OK, Completion, op_t
 from asyncxfer._fast.engine cimport guarded
 from asyncxfer._fast.fileflight cimport *
 from asyncxfer._fast.filework cimport SYNC_DATA, axf_iov_rest, filework_t, iovec, request_t
@@ -34,6 +36,9 @@ from asyncxfer._fast.pthread cimport *
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initial, int flags)
     enum: EFD_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    int dup3(int source, int target, int flags)
 
 cdef extern from "uring.h" nogil:
     ctypedef struct axf_sqe:
@@ -55,6 +60,7 @@ cdef extern from "uring.h" nogil:
     axf_sqe* axf_ring_next(axf_ring* r)
     int axf_ring_enter(axf_ring* r, uint32_t least, int64_t nanoseconds)
     int axf_ring_reap(axf_ring* r, axf_cqe* out)
+    int axf_in_huge_pages(int pagemap, const void* at, uint64_t nbytes)
     char* axf_stages(size_t nbytes)
     void axf_stages_free(char* stages, size_t nbytes)
     enum:
@@ -62,6 +68,7 @@ cdef extern from "uring.h" nogil:
         AXF_SQE_ASYNC, AXF_FSYNC_DATA
 
 cdef enum:
+    PAGE = 4096
     PRIORITIES = 3
     ENTRIES = 256
     MOST_CALLS = 256            # under way
@@ -70,6 +77,8 @@ cdef enum:
     STAGE_BYTES = 1 << 20
     MANY_PIECES = 8             # from here on a stage is used, where they are
     SMALL_PIECE = 65536         # smaller than this
+    MANY_PAGES = 32             # likewise where a hypervisor plays the device
+    FEW_COPIES = 4              # in one go: requests and answers wait meanwhile
     CANCELLED_ = 0              # `user_data` of what is no call: the answer to a cancellation
     WOKEN = 1
 
@@ -110,14 +119,17 @@ cdef struct state_t:
     slot_t* again
     uint32_t asked
     uint64_t asked_bytes
+    int pagemap                 # tells of pages
     char* stages                # all of them
     char* free_stages[STAGES]
     int nfree
+    int copies                  # made since the kernel was last called
     flights_t flights[PRIORITIES]       # what they have past the page cache has not all begun
     calls_t calls[PRIORITIES]           # single requests, and ends
     int64_t due                         # no transfer is out of time before; 0 never
     uint64_t woken
     int listening                       # the eventfd is being read
+    int broken                  # atomic: why the kernel no longer takes calls; set once
     # shared with others
     void* arrived               # atomic: a stack of calls
     int wake                    # the eventfd
@@ -227,45 +239,70 @@ cdef void arrive() noexcept nogil:
 
 cdef struct copy_t:
     const iovec* iov
-    const char* source
+    char* stage
     uint64_t left
+    int write
 
 
-cdef void copy_out(void* argument) noexcept nogil:
+cdef void copy(void* argument) noexcept nogil:
     cdef copy_t* c = <copy_t*>argument
     cdef uint64_t n
     while c.left:
         n = min(c.left, <uint64_t>c.iov.iov_len)
-        memcpy(c.iov.iov_base, c.source, n)
-        c.source += n
+        if c.write:
+            memcpy(c.stage, c.iov.iov_base, n)
+        else:
+            memcpy(c.iov.iov_base, c.stage, n)
+        c.stage += n
         c.left -= n
         c.iov += 1
 
 
+cdef int copy_staged(slot_t* slot, uint64_t nbytes) noexcept nogil:
+    """Brings so much of a request from its place to the stage, or back: 0, or EFAULT."""
+    cdef copy_t c
+    cdef const filework_t* w = slot.flight.work
+    c.iov, c.stage, c.left, c.write = &w.iov[w.requests[slot.request].iov], slot.stage, nbytes, w.write
+    state.copies += 1
+    return guarded(copy, &c)
+
+
 cdef bint better_staged(const filework_t* w, uint32_t request) noexcept nogil:
     cdef const request_t* r = &w.requests[request]
-    return (r.direct and not w.write and r.n >= MANY_PIECES and r.nbytes <= STAGE_BYTES
-            and r.nbytes // r.n < SMALL_PIECE and state.stages != NULL)
+    cdef const iovec* first = &w.iov[r.iov]
+    if not r.direct or r.nbytes > STAGE_BYTES or state.stages == NULL:
+        return False
+    if r.n >= MANY_PIECES and r.nbytes // r.n < SMALL_PIECE:
+        return True
+    return (w.file.emulated and r.nbytes >= MANY_PAGES * PAGE
+            and not axf_in_huge_pages(state.pagemap, first.iov_base, first.iov_len))
 
 
 cdef void make_stages() noexcept nogil:
     cdef int i
     state.stages = axf_stages(STAGES * STAGE_BYTES)
+    state.pagemap = open(b"/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
     if state.stages != NULL:
         for i in range(STAGES):
             state.free_stages[i] = state.stages + i * STAGE_BYTES
         state.nfree = STAGES
 
 
-cdef int leave_stage(slot_t* slot, uint64_t nbytes) noexcept nogil:
-    """Brings what has come to its place, and frees the stage: 0, or EFAULT."""
-    cdef copy_t c
+cdef int enter_stage(slot_t* slot) noexcept nogil:
+    """Takes a stage, and brings there what is to be written: 0, or EFAULT."""
     cdef const filework_t* w = slot.flight.work
-    c.iov, c.source, c.left = &w.iov[w.requests[slot.request].iov], slot.stage, nbytes
+    state.nfree -= 1
+    slot.stage = state.free_stages[state.nfree]
+    return copy_staged(slot, w.requests[slot.request].nbytes) if w.write else 0
+
+
+cdef int leave_stage(slot_t* slot, uint64_t got) noexcept nogil:
+    """Brings what was read to its place, and frees the stage: 0, or EFAULT."""
+    cdef int error = copy_staged(slot, got) if got and not slot.flight.work.write else 0
     state.free_stages[state.nfree] = slot.stage
     state.nfree += 1
     slot.stage = NULL
-    return guarded(copy_out, &c) if nbytes else 0
+    return error
 
 
 # ---- requests ----------------------------------------------------------------------------------------------------------
@@ -299,7 +336,7 @@ cdef bint ask(slot_t* slot) noexcept nogil:
         return True
     r = &w.requests[slot.request]
     if slot.stage != NULL:
-        sqe.opcode, sqe.fd, sqe.off = AXF_OP_READ, w.file.direct, r.offset
+        sqe.opcode, sqe.fd, sqe.off = AXF_OP_WRITE if w.write else AXF_OP_READ, w.file.direct, r.offset
         sqe.addr, sqe.len = <uint64_t>slot.stage, r.nbytes
         sqe.flags = AXF_SQE_ASYNC if slot.patient else 0
         return True
@@ -325,8 +362,18 @@ cdef void again(slot_t* slot) noexcept nogil:
     state.again = slot
 
 
+cdef void fail(slot_t* slot, int error) noexcept nogil:
+    """Its call has failed, or cannot be made."""
+    if slot.request == SYNC:
+        flight_sync_trouble(slot.flight, error)
+    else:
+        flight_trouble(slot.flight, slot.request, slot.got, error)
+    finish(slot)
+
+
 cdef void begin(flight_t* f, uint32_t request, uint32_t got) noexcept nogil:
     """Takes a slot for a call; there is a free one."""
+    cdef int error = state.broken
     cdef slot_t* slot = state.idle
     state.idle = slot.next
     slot.flight, slot.request, slot.got = f, request, got
@@ -334,24 +381,21 @@ cdef void begin(flight_t* f, uint32_t request, uint32_t got) noexcept nogil:
     state.asked += 1
     if request != SYNC:
         state.asked_bytes += f.work.requests[request].nbytes
-        if got and not remember(slot):
-            return
-        if got == 0 and state.nfree and better_staged(f.work, request):
-            state.nfree -= 1
-            slot.stage = state.free_stages[state.nfree]
-    again(slot)
+        if error == 0 and got:
+            error = remember(slot)
+        elif error == 0 and state.nfree and better_staged(f.work, request):
+            error = enter_stage(slot)
+    if error:
+        fail(slot, error)
+    else:
+        again(slot)
 
 
-cdef bint remember(slot_t* slot) noexcept nogil:
-    """Makes room for what follows the part that has come; without it, the request has failed."""
-    cdef flight_t* f = slot.flight
+cdef int remember(slot_t* slot) noexcept nogil:
+    """Makes room for what follows the part that has come: 0, or ENOMEM."""
     if slot.rest == NULL:
-        slot.rest = <iovec*>malloc(f.work.requests[slot.request].n * sizeof(iovec))
-    if slot.rest == NULL:
-        flight_trouble(f, slot.request, slot.got, ENOMEM)
-        finish(slot)
-        return False
-    return True
+        slot.rest = <iovec*>malloc(slot.flight.work.requests[slot.request].n * sizeof(iovec))
+    return 0 if slot.rest != NULL else ENOMEM
 
 
 cdef void finish(slot_t* slot) noexcept nogil:
@@ -375,14 +419,16 @@ cdef void finish(slot_t* slot) noexcept nogil:
 cdef void answered(slot_t* slot, int32_t res) noexcept nogil:
     cdef flight_t* f = slot.flight
     cdef const request_t* r
+    cdef int error = 0
     if (res == -EINTR or res == -EAGAIN) and slot.patient < MOST_TRIES and flight_status(f) == OK:
         slot.patient += 1
         again(slot)
         return
     if slot.request == SYNC:
         if res < 0:
-            flight_sync_trouble(f, -res)
-        finish(slot)
+            fail(slot, -res)
+        else:
+            finish(slot)
         return
     r = &f.work.requests[slot.request]
     if res == -EINVAL and r.direct and not slot.plain and flight_status(f) == OK:
@@ -392,19 +438,24 @@ cdef void answered(slot_t* slot, int32_t res) noexcept nogil:
         again(slot)
         return
     if res <= 0:
-        flight_trouble(f, slot.request, slot.got, EIO if res == 0 and f.work.write else -res)
-    elif slot.stage != NULL and leave_stage(slot, min(<uint32_t>res, r.nbytes)):
-        flight_trouble(f, slot.request, 0, EFAULT)
-    else:
+        fail(slot, EIO if res == 0 and f.work.write else -res)
+        return
+    if slot.stage != NULL:
+        error = leave_stage(slot, min(<uint32_t>res, r.nbytes))
+    if error == 0:
         slot.got += <uint32_t>res
         slot.plain = 1                  # what follows a part of a request may begin anywhere
         if slot.got >= r.nbytes:
             flight_moved(f, slot.request, r.nbytes)
         elif flight_status(f) == OK:
-            if remember(slot):
+            error = remember(slot)
+            if error == 0:
                 again(slot)
-            return
-    finish(slot)
+                return
+    if error:
+        fail(slot, error)
+    else:
+        finish(slot)
 
 
 cdef bint choose() noexcept nogil:
@@ -442,8 +493,8 @@ cdef bint choose() noexcept nogil:
     return False
 
 
-cdef void fill() noexcept nogil:
-    """Prepares calls for as much as the window holds."""
+cdef bint fill() noexcept nogil:
+    """Prepares calls for as much as the window holds; True where copies have put off some of it."""
     cdef axf_sqe* sqe
     cdef slot_t* slot
     if not state.listening:
@@ -461,9 +512,11 @@ cdef void fill() noexcept nogil:
             elif ask(slot):
                 state.again = slot.next
             else:
-                return
+                return False
+        if state.copies >= FEW_COPIES:
+            return True
         if state.idle == NULL or state.asked_bytes >= MOST_BYTES or not choose():
-            return
+            return False
 
 
 cdef void sweep(int64_t now) noexcept nogil:
@@ -531,17 +584,62 @@ cdef int64_t sift_calls(calls_t* queue, int64_t due) noexcept nogil:
 
 
 cdef void reap() noexcept nogil:
+    """Takes the answers; where they have to be copied, a few. The kernel does not wait while there are others."""
     cdef axf_cqe cqe
-    while axf_ring_reap(&state.ring, &cqe):
+    state.copies = 0
+    while state.copies < FEW_COPIES and axf_ring_reap(&state.ring, &cqe):
         if cqe.user_data == WOKEN:
             state.listening = 0
         elif cqe.user_data != CANCELLED_:
             answered(<slot_t*>cqe.user_data, cqe.res)
 
 
+cdef void break_down(int error) noexcept nogil:
+    """The kernel does not go on with the ring: ends all that it was given.
+
+    Nobody can tell when the kernel is done with what it has under way. So memory that it may still touch is never freed.
+    """
+    cdef slot_t* slot
+    cdef int i, wake
+    axf_store(&state.broken, error)
+    state.again = NULL
+    for i in range(MOST_CALLS):
+        slot = &state.slots[i]
+        if slot.flight != NULL:
+            with gil:
+                Py_INCREF((<Completion>slot.flight.op.owner).prepared)
+            fail(slot, error)
+    wake = eventfd(0, EFD_CLOEXEC)
+    if wake >= 0:                       # the old one may still be read by the kernel
+        dup3(wake, state.wake, O_CLOEXEC)
+        close(wake)
+    if error == EBADF or error == EOPNOTSUPP or error == EEXIST:
+        state.ring.fd = -1              # what has its number, if anything, is not ours to close
+
+
+cdef void end_all() noexcept nogil:
+    """Ends what is still left to a ring that has broken down, until it is released."""
+    while True:
+        axf_store(&state.awake, 1)
+        arrive()
+        while choose():
+            pass
+        axf_store(&state.awake, 0)
+        if axf_load(&state.stopping):
+            return
+        if not axf_load64(<uint64_t*>&state.arrived):
+            read(state.wake, &state.woken, 8)
+
+
+cdef bint fatal(int error) noexcept nogil:
+    return error != 0 and error != ETIME and error != EINTR and error != EAGAIN and error != EBUSY
+
+
 cdef void* run(void* arg) noexcept nogil:
     cdef int64_t now, wait
     cdef uint32_t least
+    cdef int error
+    cdef bint more
     axf_be_patient()            # event loops go first
     axf_ring_enable(&state.ring)
     make_stages()
@@ -550,26 +648,31 @@ cdef void* run(void* arg) noexcept nogil:
         arrive()
         if axf_swap(&state.stops, 0) or (state.due and axf_now() >= state.due):
             sweep(axf_now())
-        fill()
+        state.copies = 0
+        more = fill()
         if axf_load(&state.stopping) and state.asked == 0:
             break
         # What was left before `awake` is 0 is seen now; what comes later writes to the eventfd.
         axf_store(&state.awake, 0)
         least = 1
-        if axf_load64(<uint64_t*>&state.arrived) or axf_load(&state.stops) or axf_load(&state.stopping):
+        if more or axf_load64(<uint64_t*>&state.arrived) or axf_load(&state.stops) or axf_load(&state.stopping):
             least = 0
         wait = -1
         if state.due:
             now = axf_now()
             wait = max(state.due - now, <int64_t>0)
-        axf_ring_enter(&state.ring, least, wait)
+        error = axf_ring_enter(&state.ring, least, wait)
         reap()
+        if fatal(error):
+            break_down(error)
+            end_all()
+            break
     return NULL
 
 
 cdef int ring_start() noexcept nogil:
     """Has the ring and its thread ready; 0, or errno."""
-    cdef int error = 0, i
+    cdef int error = axf_load(&state.broken), i
     pthread_mutex_lock(&start_lock)
     if not state.running:
         memset(&state, 0, sizeof(state))
@@ -636,6 +739,8 @@ cdef void forget() noexcept nogil:
     axf_ring_close(&state.ring)
     if state.stages != NULL:
         axf_stages_free(state.stages, STAGES * STAGE_BYTES)
+    if state.pagemap > 0:
+        close(state.pagemap)
     close(state.wake)
     memset(&state, 0, sizeof(state))
     state.ring.fd = state.wake = -1
