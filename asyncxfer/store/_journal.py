@@ -133,7 +133,10 @@ class Journal:
                 for start in range(0, len(view), PIECE_BYTES):
                     at += _write(self.fd, view[start : start + PIECE_BYTES], at)
         except OSError as error:
-            self._take_back()
+            try:
+                self._take_back()
+            except OSError as another:
+                raise StoreError(f"{self.path}: half a write cannot be taken back: {another.strerror}") from error
             raise _failed(self.path, error) from error
         self.end = at
 
@@ -164,7 +167,7 @@ class Journal:
         try:
             sync_file(self.fd, durability)
         except OSError as error:
-            raise _failed(self.path, error) from error
+            raise StoreError(f"{self.path} cannot be synced: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file, without what was kept ahead."""

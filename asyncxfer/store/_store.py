@@ -175,12 +175,16 @@ class Store:
             options = await _to_the_end(loop.run_in_executor(pool, absolute, options))
             await _to_the_end(loop.run_in_executor(pool, open_files, options, parts))
             store = cls(options, parts, agent)
-            if parts.heal and store._commits is not None:
-                with contextlib.suppress(StoreError, OSError):  # the damage is passed over next time too
-                    await store._commits.compact()
         except BaseException:
             parts.close()
             pool.shutdown(wait=False)
+            raise
+        try:
+            if parts.heal:
+                with contextlib.suppress(StoreError):  # the damage is passed over next time too
+                    await store.compact()
+        except BaseException:
+            await store.aclose()
             raise
         return store
 
@@ -291,7 +295,12 @@ class Store:
             found = await self._move_and_check("put", rows, which, blocks)
         except BaseException as error:
             space.give(blocks)
-            raise _no_room(self.path, error) from error
+            if _is_full(error):
+                raise StoreFullError(
+                    f"the disk under {self.path} is full; what was acknowledged is kept. Free space, or open the store "
+                    f"with a smaller budget ({error})"
+                ) from error
+            raise
         slabs = frozenset(np.unique(blocks // self._identity.slab_blocks).tolist())
         known = found is not None
         sums = found if found is not None else np.zeros(len(blocks), np.uint32)
@@ -692,14 +701,11 @@ async def _to_the_end(future: asyncio.Future[Any]) -> Any:
     return future.result()
 
 
-def _no_room(path: Path, error: BaseException) -> BaseException:
-    """Say that the disk is full where that is why; else the error as it is."""
+def _is_full(error: BaseException) -> bool:
+    """Whether a full disk is behind it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return StoreFullError(
-                f"the disk under {path} is full; what was acknowledged is kept. Free space, or open the store with a "
-                f"smaller budget ({error})"
-            )
+            return True
         cause = cause.__cause__
-    return error
+    return False
