@@ -136,7 +136,10 @@ class Journal:
             try:
                 self._take_back()
             except OSError as another:
-                raise StoreError(f"{self.path}: half a write cannot be taken back: {another.strerror}") from error
+                raise StoreError(
+                    f"{self.path} cannot be written: {error.strerror}; nor can half of it be taken back: "
+                    f"{another.strerror}"
+                ) from error
             raise _failed(self.path, error) from error
         self.end = at
 
@@ -173,10 +176,9 @@ class Journal:
         """Close the file, without what was kept ahead."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            try:
+            with contextlib.suppress(OSError):  # whoever opens it next cuts it off
                 os.ftruncate(fd, self.end)
-            finally:
-                os.close(fd)
+            os.close(fd)
 
 
 class Snapshot:
