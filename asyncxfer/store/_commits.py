@@ -187,7 +187,7 @@ class Commits:
     async def _commit_or_stop(self, batch: list[_Change]) -> None:
         try:
             await self._commit(batch)
-        except Exception as error:  # nobody may be left waiting, whatever it is
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
             self._stop(f"a change failed half way: {error!r}")
             for change in batch:
                 if not change.done.done():
@@ -352,7 +352,7 @@ class Commits:
         try:
             self.check()
             snapshot = await self._in_thread(self._begin_next, sequence)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as above
             waiting.set_exception(error)
         else:
             self.records = 1

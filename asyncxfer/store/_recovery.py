@@ -287,7 +287,7 @@ class Follower:
 
         Gives whether there may be more.
         """
-        if self._next:
+        if self._next != 0:
             return None
         buffer = bytearray(_GLANCE_BYTES)
         try:
@@ -302,7 +302,7 @@ class Follower:
         if written <= RECORD_BYTES:
             return False
         looked = self._apply(buffer[RECORD_BYTES : size - size % RECORD_BYTES])
-        if self._next:
+        if self._next != 0:
             return None
         if written > (1 + looked) * RECORD_BYTES:
             return None  # something that is no record, or not yet
@@ -322,7 +322,7 @@ class Follower:
             return False
 
     def _read_some(self) -> bool:
-        if self._next:
+        if self._next != 0:
             try:
                 self._follow(self._next)
             except FileNotFoundError as error:
@@ -337,7 +337,7 @@ class Follower:
         if not data:
             return False
         looked = self._apply(data)
-        if self._next:
+        if self._next != 0:
             return True
         if looked == len(data) // RECORD_BYTES:
             return len(data) == 4 * PIECE_BYTES
