@@ -10,13 +10,13 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from asyncxfer import Agent, DescriptorList, MemoryKind, Region
 from asyncxfer._fast.blockindex import Int64s
-from asyncxfer._fast.blockrows import pick
+from asyncxfer._fast.blockrows import pick, slots
 
 from ._errors import StoreError
 from ._format import Identity, slab_name, sync_directory
@@ -113,16 +113,14 @@ class Slabs:
         for number in sorted(numbers):
             sync_file(self._fds[number], self._durability)
 
-    async def move(self, op: str, rows: DescriptorList, which: Int64s, blocks: Int64s) -> None:
+    async def move(self, op: Literal["put", "get"], rows: DescriptorList, blocks: Int64s) -> None:
         """Put or get blocks.
 
         Parameters
         ----------
         op : {"put", "get"}
         rows : DescriptorList
-            Memory, a block after the other.
-        which : (n,) int64
-            Which blocks of `rows`.
+            Memory, a block after the other, as many as `blocks` names.
         blocks : (n,) int64
             Where they are in the slabs, ascending where that can be.
 
@@ -131,20 +129,21 @@ class Slabs:
         TransferError
             And whatever else `Agent.put` and `Agent.get` raise. Nothing is in flight any more by then.
         """
-        size = self._identity.block_bytes
-        slabs = blocks // self._identity.slab_blocks
-        offsets = (blocks - slabs * self._identity.slab_blocks) * size
+        size, each = self._identity.block_bytes, self._identity.slab_blocks
         call = self._agent.put if op == "put" else self._agent.get
-        if (slabs == slabs[0]).all():
-            region = await self.region(int(slabs[0]))
-            await call(chosen_rows(rows, which, size), region.descriptors(offsets, size))
+        places = slots(blocks, size, each)
+        first = int(blocks[0]) // each
+        if len(blocks) == 1 or (blocks // each == first).all():
+            await call(rows, DescriptorList.build(await self.region(first), places))
             return
-        cuts = np.flatnonzero(np.diff(slabs)) + 1
-        regions = [await self.region(number) for number in slabs[np.concatenate(([0], cuts))].tolist()]
+        slabs = blocks // each
+        cuts = [0, *(np.flatnonzero(np.diff(slabs)) + 1).tolist(), len(blocks)]
+        regions = [await self.region(number) for number in slabs[cuts[:-1]].tolist()]
         transfers = []
         try:
-            for region, chosen, part in zip(regions, np.split(which, cuts), np.split(offsets, cuts), strict=True):
-                transfers.append(call(chosen_rows(rows, chosen, size), region.descriptors(part, size)))
+            for region, start, stop in zip(regions, cuts, cuts[1:], strict=False):
+                part = chosen_rows(rows, np.arange(start, stop), size)
+                transfers.append(call(part, DescriptorList.build(region, places[start:stop])))
         finally:
             # All of them have ended before anybody may touch the blocks or the rows again.
             ended = await asyncio.gather(*transfers, return_exceptions=True)
@@ -167,7 +166,7 @@ class Slabs:
 
 def chosen_rows(rows: DescriptorList, which: Int64s, block_bytes: int) -> DescriptorList:
     """Give the rows of some blocks; the list itself where that is all of them."""
-    if len(which) * block_bytes == rows.nbytes and bool((which == np.arange(len(which))).all()):
+    if len(which) * block_bytes == rows.nbytes and (len(which) == 1 or (which == np.arange(len(which))).all()):
         return rows
     return DescriptorList.build(rows.region, pick(rows.runs, block_bytes, which))
 

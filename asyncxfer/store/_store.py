@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from ._commits import Commits
 from ._errors import StoreError, StoreFullError
 from ._journal import Durability
 from ._opening import Mode, Options, Parts, absolute, check, directory_of, open_files
+from ._operations import Operations
 from ._slabs import Slabs, chosen_rows, in_host_memory
 from ._space import Space
 
@@ -35,7 +36,6 @@ SLAB_BYTES = 1 << 30
 _PIECE = 4096  # keys that are handled at once
 _PIECE_BYTES = 256 * 1024 * 1024
 _INLINE_BYTES = 64 * 1024  # checksums of so much are worked out at once
-_TURN_SECONDS = 200e-6
 _ATTEMPTS = 4  # of a reader, at blocks that the writer keeps moving
 
 
@@ -156,9 +156,7 @@ class Store:
             )  # fmt: skip
             self._space = Space(self._index, self._commits, self.block_bytes)
         self._following = asyncio.Lock()
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._turn: float | None = None  # when the loop was found to be turning last
+        self._operations = Operations()
         self._closed = False
         self._ending: asyncio.Task[None] | None = None
         self._counters = dict.fromkeys(("puts", "hits", "misses", "deleted", "damaged", "moved_away"), 0)
@@ -201,9 +199,7 @@ class Store:
         await asyncio.shield(self._ending)
 
     async def _end(self) -> None:
-        while self._running:
-            self._idle.clear()
-            await self._idle.wait()
+        await self._operations.ended()
         try:
             if self._commits is not None:
                 used = (self._index.clock, self._index.sequence) != (self._first_clock, self._first_sequence)
@@ -275,7 +271,7 @@ class Store:
         """
         commits, space = self._writer("put")
         self._check_rows(keys, rows)
-        async with self._operation():
+        async with self._operations:
             for piece, which in self._pieces(keys):
                 await self._put(commits, space, piece, which, rows, prefix, pin=pin, replace=replace)
 
@@ -338,10 +334,10 @@ class Store:
         self._check_open()
         self._check_rows(keys, rows)
         hits = np.zeros(len(keys), np.bool_)
-        async with self._operation():
+        async with self._operations:
             for piece, which in self._pieces(keys):
                 hits[which] = await self._get(piece, which, rows)
-        count = int(hits.sum())
+        count = int(np.count_nonzero(hits))
         self._counters["hits"] += count
         self._counters["misses"] += len(hits) - count
         return hits
@@ -350,13 +346,14 @@ class Store:
         hits = np.zeros(len(keys), np.bool_)
         asked = np.arange(len(keys))
         for attempt in range(_ATTEMPTS):
-            await self._follow()
-            got, again = await self._try_to_get(keys[asked], which[asked], rows, last=attempt == _ATTEMPTS - 1)
+            if self._follower is not None:
+                await self._follow()
+            got, again = await self._try_to_get(keys, which, rows, last=attempt == _ATTEMPTS - 1)
             hits[asked[got]] = True
-            asked = asked[again]
-            if not len(asked):
+            if not len(again):
                 break
-            self._counters["moved_away"] += len(asked)
+            self._counters["moved_away"] += len(again)
+            asked, keys, which = asked[again], keys[again], which[again]
         return hits
 
     async def _try_to_get(
@@ -366,16 +363,17 @@ class Store:
         index = self._index
         blocks, sequences, sums, checked = index.lookup(keys, hold=True)
         try:
-            found = np.flatnonzero(blocks >= 0)
+            found = (blocks >= 0).nonzero()[0]
             if not in_host_memory(rows):  # nobody can look at these
                 trusted = sequences[found] >= self._trusted_now()
                 found = found[trusted]
-            found = found[np.argsort(blocks[found], kind="stable")]
             if not len(found):
                 return found, found
-            good, same = await self._read_blocks(
-                rows, which[found], blocks[found], sequences[found], sums[found], checked[found], last=last
-            )
+            parts = (which, blocks, sequences, sums, checked)
+            if len(blocks) > 1:
+                found = found[np.argsort(blocks[found], kind="stable")]
+                parts = tuple(part[found] for part in parts)  # type: ignore[assignment]
+            good, same = await self._read_blocks(rows, *parts, last=last)
             return found[good & same], found[~same]
         finally:
             if index.release(blocks):
@@ -431,7 +429,7 @@ class Store:
         """
         self._check_open()
         found = np.zeros(len(keys), np.bool_)
-        async with self._operation():
+        async with self._operations:
             await self._follow()
             for piece, which in self._pieces(keys):
                 found[which] = self._index.contains(piece)
@@ -463,7 +461,7 @@ class Store:
         """
         commits, _ = self._writer("delete")
         found = np.zeros(len(keys), np.bool_)
-        async with self._operation():
+        async with self._operations:
             for piece, which in self._pieces(keys):
                 found[which], blocks = self._index.remove(piece)
                 self._counters["deleted"] += len(blocks)
@@ -519,7 +517,7 @@ class Store:
     async def _pin(self, keys: Sequence[bytes], change: int) -> Bools:
         self._writer("pin")
         done = np.zeros(len(keys), np.bool_)
-        async with self._operation():
+        async with self._operations:
             for piece, which in self._pieces(keys):
                 done[which] = self._index.pin(piece, change)
                 await self._pause(which)
@@ -539,7 +537,7 @@ class Store:
             The store is closed.
         """
         commits, _ = self._writer("compact")
-        async with self._operation():
+        async with self._operations:
             try:
                 await commits.compact()
             except OSError as error:
@@ -599,29 +597,6 @@ class Store:
                 f"{self.block_bytes:,} each; these have {rows.nbytes:,}"
             )
 
-    @contextlib.asynccontextmanager
-    async def _operation(self) -> AsyncIterator[None]:
-        self._running += 1
-        try:
-            yield
-            await self._let_others()
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-
-    async def _let_others(self) -> None:
-        """Let the loop turn where calls that needed not wait have kept it for a while."""
-        loop = asyncio.get_running_loop()
-        if self._turn is None:
-            self._turn = loop.time()
-            loop.call_soon(self._turned)
-        elif loop.time() - self._turn > _TURN_SECONDS:
-            await asyncio.sleep(0)
-
-    def _turned(self) -> None:
-        self._turn = None
-
     def _pieces(self, keys: Sequence[bytes]) -> Generator[tuple[Packed, Int64s], None, None]:
         """Give keys in the form that the index takes, and their numbers, as many as are handled at once."""
         most = max(1, min(_PIECE, _PIECE_BYTES // self.block_bytes))
@@ -638,28 +613,32 @@ class Store:
         if len(which) == _PIECE:
             await asyncio.sleep(0)
 
-    async def _move_and_check(self, op: str, rows: DescriptorList, which: Int64s, blocks: Int64s) -> Uint32s | None:
+    async def _move_and_check(
+        self, op: Literal["put", "get"], rows: DescriptorList, which: Int64s, blocks: Int64s
+    ) -> Uint32s | None:
         """Move blocks, and give the checksums of what lies in the rows; None where the processor cannot read them."""
-        looks = in_host_memory(rows)
-        if op == "get" or not looks:
-            await self._slabs.move(op, rows, which, blocks)
-            return await self._checksums(rows, which) if looks else None
-        checking = asyncio.ensure_future(self._checksums(rows, which))
+        chosen = chosen_rows(rows, which, self.block_bytes)
+        if not in_host_memory(chosen):
+            await self._slabs.move(op, chosen, blocks)
+            return None
+        if op == "get" or chosen.nbytes <= _INLINE_BYTES:
+            await self._slabs.move(op, chosen, blocks)
+            return await self._checksums(chosen)
+        checking = asyncio.ensure_future(self._checksums(chosen))
         try:
-            await self._slabs.move(op, rows, which, blocks)
+            await self._slabs.move(op, chosen, blocks)
         finally:
             while not checking.done():
                 await asyncio.wait([checking])
         return checking.result()
 
-    async def _checksums(self, rows: DescriptorList, which: Int64s) -> Uint32s:
+    async def _checksums(self, rows: DescriptorList) -> Uint32s:
         assert isinstance(rows.region, Region)
         memory = rows.region.memory  # kept until they are worked out
         addresses = np.array([segment.address for segment in memory.segments], np.uint64)
-        runs = chosen_rows(rows, which, self.block_bytes).runs
-        if len(which) * self.block_bytes <= _INLINE_BYTES:
-            return checksums(runs, addresses, self.block_bytes)
-        found: Uint32s = await self._in_thread(checksums, runs, addresses, self.block_bytes)
+        if rows.nbytes <= _INLINE_BYTES:
+            return checksums(rows.runs, addresses, self.block_bytes)
+        found: Uint32s = await self._in_thread(checksums, rows.runs, addresses, self.block_bytes)
         return found
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
