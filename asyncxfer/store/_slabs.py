@@ -1,7 +1,8 @@
 """The slabs: files of blocks and nothing else, opened as regions of the agent when they are first needed.
 
 A slab has its full length from the start, and is a sparse file. One that is no longer needed is cut to nothing and
-kept: a reader that has it open shall not go on reading what has another name by now. It does not know keys.
+kept: a reader that has it open shall not go on reading what has another name by now. Checksums are worked out beside
+the moves. It does not know keys.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import Any, Literal
 import numpy as np
 
 from asyncxfer import Agent, DescriptorList, MemoryKind, Region
-from asyncxfer._fast.blockindex import Int64s
-from asyncxfer._fast.blockrows import pick, slots
+from asyncxfer._fast.blockindex import Int64s, Uint32s
+from asyncxfer._fast.blockrows import checksums, pick, slots
 
 from ._errors import StoreError
 from ._format import Identity, slab_name, sync_directory
 from ._journal import Durability, sync_file
 
-__all__ = ["Slabs"]
+__all__ = ["Slabs", "in_host_memory"]
+
+_INLINE_BYTES = 64 * 1024  # checksums of so much are worked out at once
 
 
 class Slabs:
@@ -113,22 +116,54 @@ class Slabs:
         for number in sorted(numbers):
             sync_file(self._fds[number], self._durability)
 
-    async def move(self, op: Literal["put", "get"], rows: DescriptorList, blocks: Int64s) -> None:
-        """Put or get blocks.
+    async def put(self, rows: DescriptorList, which: Int64s, blocks: Int64s) -> Uint32s | None:
+        """Write blocks, and give their checksums; None where the processor cannot read the rows.
 
         Parameters
         ----------
-        op : {"put", "get"}
         rows : DescriptorList
-            Memory, a block after the other, as many as `blocks` names.
+            Memory, a block after the other.
+        which : (n,) int64
+            Which blocks of `rows`.
         blocks : (n,) int64
-            Where they are in the slabs, ascending where that can be.
+            Where they go in the slabs.
 
         Raises
         ------
         TransferError
             And whatever else `Agent.put` and `Agent.get` raise. Nothing is in flight any more by then.
         """
+        chosen = chosen_rows(rows, which, self._identity.block_bytes)
+        if not in_host_memory(rows):
+            await self._move("put", chosen, blocks)
+            return None
+        if chosen.nbytes <= _INLINE_BYTES:
+            await self._move("put", chosen, blocks)
+            return await self._checksums(chosen)
+        checking = asyncio.ensure_future(self._checksums(chosen))
+        try:
+            await self._move("put", chosen, blocks)
+        finally:
+            while not checking.done():
+                await asyncio.wait([checking])
+        return checking.result()
+
+    async def get(self, rows: DescriptorList, which: Int64s, blocks: Int64s) -> Uint32s | None:
+        """Read blocks, and give the checksums of what was read; else as `put`."""
+        chosen = chosen_rows(rows, which, self._identity.block_bytes)
+        await self._move("get", chosen, blocks)
+        return await self._checksums(chosen) if in_host_memory(rows) else None
+
+    async def _checksums(self, rows: DescriptorList) -> Uint32s:
+        assert isinstance(rows.region, Region)
+        memory = rows.region.memory  # kept until they are worked out
+        addresses = np.array([segment.address for segment in memory.segments], np.uint64)
+        if rows.nbytes <= _INLINE_BYTES:
+            return checksums(rows.runs, addresses, self._identity.block_bytes)
+        found: Uint32s = await self._in_thread(checksums, rows.runs, addresses, self._identity.block_bytes)
+        return found
+
+    async def _move(self, op: Literal["put", "get"], rows: DescriptorList, blocks: Int64s) -> None:
         size, each = self._identity.block_bytes, self._identity.slab_blocks
         call = self._agent.put if op == "put" else self._agent.get
         places = slots(blocks, size, each)

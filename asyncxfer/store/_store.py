@@ -14,28 +14,27 @@ import os
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
 from asyncxfer import AccessError, Agent, ClosedError, DescriptorError, DescriptorList, Region, XferError
 from asyncxfer._fast.blockindex import MAX_KEY_BYTES, BlockIndex, Bools, Int64s, Packed, Uint32s, Uint64s, pack
-from asyncxfer._fast.blockrows import checksums
 
 from ._commits import Commits
 from ._errors import StoreError, StoreFullError
 from ._journal import Durability
 from ._opening import Mode, Options, Parts, absolute, check, directory_of, open_files
 from ._operations import Operations
-from ._slabs import Slabs, chosen_rows, in_host_memory
+from ._slabs import Slabs, in_host_memory
 from ._space import Space
+from ._view import View
 
 __all__ = ["MAX_KEY_BYTES", "Durability", "Mode", "Opening", "Store", "open"]
 
 SLAB_BYTES = 1 << 30
 _PIECE = 4096  # keys that are handled at once
 _PIECE_BYTES = 256 * 1024 * 1024
-_INLINE_BYTES = 64 * 1024  # checksums of so much are worked out at once
 _ATTEMPTS = 4  # of a reader, at blocks that the writer keeps moving
 
 
@@ -138,9 +137,7 @@ class Store:
         self._identity = parts.identity
         self._pool = parts.pool
         self._lock_fd = parts.lock_fd
-        self._follower = parts.follower
-        self._own_index = None if parts.follower else parts.index
-        self._trusted = parts.opened.trusted
+        self._view = View(options.directory, parts.follower or parts.index, parts.opened.trusted, self._in_thread)
         self._first_clock, self._first_sequence = self._index.clock, self._index.sequence
         self._slabs = Slabs(
             agent, options.directory, parts.identity, writable=options.mode == "w", durability=options.durability,
@@ -155,7 +152,6 @@ class Store:
                 changed=self._changed,
             )  # fmt: skip
             self._space = Space(self._index, self._commits, self.block_bytes)
-        self._following = asyncio.Lock()
         self._operations = Operations()
         self._closed = False
         self._ending: asyncio.Task[None] | None = None
@@ -208,8 +204,7 @@ class Store:
             try:
                 await self._slabs.aclose()
             finally:
-                if self._follower is not None:
-                    await self._in_thread(self._follower.close)
+                await self._view.aclose()
                 if self._lock_fd >= 0:
                     os.close(self._lock_fd)
                 self._pool.shutdown(wait=False)
@@ -287,7 +282,7 @@ class Store:
         commits.check()
         blocks = await space.take(len(keys), prefix)
         try:
-            found = await self._move_and_check("put", rows, which, blocks)
+            found = await self._slabs.put(rows, which, blocks)
         except BaseException as error:
             space.give(blocks)
             if _is_full(error):
@@ -346,8 +341,7 @@ class Store:
         hits = np.zeros(len(keys), np.bool_)
         asked = np.arange(len(keys))
         for attempt in range(_ATTEMPTS):
-            if self._follower is not None:
-                await self._follow()
+            await self._view.follow()
             got, again = await self._try_to_get(keys, which, rows, last=attempt == _ATTEMPTS - 1)
             hits[asked[got]] = True
             if not len(again):
@@ -365,7 +359,7 @@ class Store:
         try:
             found = (blocks >= 0).nonzero()[0]
             if not in_host_memory(rows):  # nobody can look at these
-                trusted = sequences[found] >= self._trusted_now()
+                trusted = sequences[found] >= self._view.trusted
                 found = found[trusted]
             if not len(found):
                 return found, found
@@ -384,14 +378,14 @@ class Store:
         last: bool,
     ) -> tuple[Bools, Bools]:  # fmt: skip
         try:
-            seen = await self._move_and_check("get", rows, which, blocks)
+            seen = await self._slabs.get(rows, which, blocks)
         except XferError:
             # A reader may be reading a slab that has been cut; where nothing has moved, the error is one.
-            same = await self._still(blocks, sequences)
+            same = await self._view.still(blocks, sequences)
             if same.all() or last:
                 raise
             return np.zeros(len(blocks), np.bool_), np.zeros(len(blocks), np.bool_)
-        same = await self._still(blocks, sequences)
+        same = await self._view.still(blocks, sequences)
         good = np.ones(len(blocks), np.bool_) if seen is None else (seen == sums) | ~checked
         damaged = same & ~good
         if damaged.any():
@@ -399,13 +393,6 @@ class Store:
             if self._commits is not None:
                 self._commits.forget(self._index.remove_blocks(blocks[damaged], sequences[damaged]))
         return good, same
-
-    async def _still(self, blocks: Int64s, sequences: Uint64s) -> Bools:
-        """Tell of each block whether it holds what it held before it was read."""
-        if self._follower is None:
-            return np.ones(len(blocks), np.bool_)  # held blocks are not given out anew
-        await self._follow()
-        return self._index.unchanged(blocks, sequences)
 
     async def contains(self, keys: Sequence[bytes]) -> Bools:
         """Tell of each key whether it is here; that is no use of it.
@@ -430,7 +417,7 @@ class Store:
         self._check_open()
         found = np.zeros(len(keys), np.bool_)
         async with self._operations:
-            await self._follow()
+            await self._view.follow()
             for piece, which in self._pieces(keys):
                 found[which] = self._index.contains(piece)
                 await self._pause(which)
@@ -572,10 +559,7 @@ class Store:
 
     @property
     def _index(self) -> BlockIndex:
-        if self._own_index is not None:
-            return self._own_index
-        assert self._follower is not None
-        return self._follower.index
+        return self._view.index
 
     def _check_open(self) -> None:
         if self._closed:
@@ -613,34 +597,6 @@ class Store:
         if len(which) == _PIECE:
             await asyncio.sleep(0)
 
-    async def _move_and_check(
-        self, op: Literal["put", "get"], rows: DescriptorList, which: Int64s, blocks: Int64s
-    ) -> Uint32s | None:
-        """Move blocks, and give the checksums of what lies in the rows; None where the processor cannot read them."""
-        chosen = chosen_rows(rows, which, self.block_bytes)
-        if not in_host_memory(chosen):
-            await self._slabs.move(op, chosen, blocks)
-            return None
-        if op == "get" or chosen.nbytes <= _INLINE_BYTES:
-            await self._slabs.move(op, chosen, blocks)
-            return await self._checksums(chosen)
-        checking = asyncio.ensure_future(self._checksums(chosen))
-        try:
-            await self._slabs.move(op, chosen, blocks)
-        finally:
-            while not checking.done():
-                await asyncio.wait([checking])
-        return checking.result()
-
-    async def _checksums(self, rows: DescriptorList) -> Uint32s:
-        assert isinstance(rows.region, Region)
-        memory = rows.region.memory  # kept until they are worked out
-        addresses = np.array([segment.address for segment in memory.segments], np.uint64)
-        if rows.nbytes <= _INLINE_BYTES:
-            return checksums(rows.runs, addresses, self.block_bytes)
-        found: Uint32s = await self._in_thread(checksums, rows.runs, addresses, self.block_bytes)
-        return found
-
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run what may block; to its end, also if nobody waits for it any more."""
         return await _to_the_end(asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments))
@@ -648,22 +604,6 @@ class Store:
     def _changed(self) -> None:
         if self._space is not None:
             self._space.changed()
-
-    def _trusted_now(self) -> int:
-        return self._follower.trusted if self._follower is not None else self._trusted
-
-    async def _follow(self) -> None:
-        """Take note of what the writer has acknowledged by now."""
-        follower = self._follower
-        if follower is None:
-            return
-        async with self._following:
-            more = follower.glance()
-            while more is not False:
-                try:
-                    more = await self._in_thread(follower.read_some) or False
-                except OSError as error:
-                    raise StoreError(f"the journal of {self.path} cannot be read: {error.strerror}") from error
 
 
 async def _to_the_end(future: asyncio.Future[Any]) -> Any:
