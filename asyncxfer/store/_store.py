@@ -233,7 +233,7 @@ class Store:
         """Store blocks; returns once they are as lasting as the store's `durability`.
 
         A reader, and a get from here, finds a block from then on. The rows must not be written to meanwhile. If it
-        fails or is cancelled, some of the blocks may have been stored, whole.
+        fails or is cancelled, some of the blocks may have been stored, whole, and pinned if that was asked for.
 
         Parameters
         ----------
