@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import shutil
@@ -99,6 +100,38 @@ async def test_opening_can_be_cancelled_while_it_heals(bench: Bench, turns: int)
         assert await bench.get(store, [1, 2, 3]) == versions(2, 3)
 
 
+async def test_calls_that_run_out_of_time_leave_no_block_behind(bench: Bench) -> None:
+    """Whatever they were at: afterwards the whole budget can be put again, and all of it is got."""
+    async with bench.open(budget=32 * BLOCK, slab_bytes=5 * BLOCK, durability="data") as store:
+
+        async def use(task: int) -> int:
+            dice = random.Random(task)
+            ended = 0
+            async with bench.agent.allocate((8, BLOCK), np.uint8) as rows:
+                for _ in range(30):
+                    keys = [key_of(number) for number in dice.sample(range(60), 8)]
+                    calls = (
+                        store.put(keys, rows[:], prefix=b"%d" % task),
+                        store.put(keys, rows[:], replace=False),
+                        store.get(keys, rows[:]),
+                        store.delete(keys),
+                        store.compact(),
+                    )
+                    chosen = dice.randrange(len(calls))
+                    for number, call in enumerate(calls):
+                        if number != chosen:
+                            call.close()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(calls[chosen], 0.008 * dice.random())
+                        ended += 1
+            return ended
+
+        assert sum(await asyncio.gather(*(use(task) for task in range(4)))) < 4 * 30
+        await bench.put(store, versions(*range(100, 132)))
+        assert await bench.get(store, list(range(100, 132))) == versions(*range(100, 132))
+        assert store.stats()["damaged"] == 0
+
+
 async def test_blocks_deleted_and_replaced_while_they_are_read(bench: Bench) -> None:
     """A block that a get holds is not given out anew before it ends, whatever becomes of its key."""
     dice = random.Random(8)
@@ -162,6 +195,27 @@ async def test_a_full_journal_costs_no_more_than_it_has_to(small_disk: Path) -> 
                 assert (await reader.contains(keys)).tolist() == (await store.contains(keys)).tolist()
         async with bench.open(block_bytes=16) as again:
             assert (await again.contains([b"new " + key for key in keys[:4096]])).all()
+
+
+async def test_a_compaction_on_a_full_disk(small_disk: Path) -> None:
+    async with bench_in(small_disk / "store") as bench:
+        async with bench.open() as store:
+            await bench.put(store, versions(*range(32)))
+            with (small_disk / "other").open("wb", buffering=0) as other:
+                while os.statvfs(small_disk).f_bavail > 0:
+                    other.write(bytes(4096))
+            with pytest.raises(StoreFullError, match="No space left"):
+                await store.compact()
+            assert store.stats()["generation"] == 1
+            assert list(bench.path.glob("*.new")) == []
+            assert await bench.get(store, list(range(32))) == versions(*range(32))
+            (small_disk / "other").unlink()
+            await bench.put(store, versions(40))
+            await store.compact()
+            assert store.stats()["generation"] == 2
+        async with bench.open() as again:
+            assert not again.report.healed
+            assert await bench.get(again, [0, 31, 40]) == versions(0, 31, 40)
 
 
 # ---- files that are missing -----------------------------------------------------------------------------------------

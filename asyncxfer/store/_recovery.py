@@ -245,7 +245,7 @@ class Follower:
         """
         try:
             for attempt in range(_PATIENCE):
-                report.damaged_records, report.damaged_files = 0, []
+                report.damaged_records, report.damaged_files, self.damaged = 0, [], 0
                 try:
                     self._begin(report, forgiving=attempt >= _FORGIVING)
                     while self._read_some():

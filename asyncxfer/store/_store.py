@@ -516,7 +516,7 @@ class Store:
 
         Raises
         ------
-        StoreError
+        StoreFullError, StoreError
             It could not be written; the journal counts on.
         AccessError
             The store was opened for reading.
@@ -528,7 +528,8 @@ class Store:
             try:
                 await commits.compact()
             except OSError as error:
-                raise StoreError(f"{self.path} cannot be compacted: {error.strerror}") from error
+                kind = StoreFullError if _is_full(error) else StoreError
+                raise kind(f"{self.path} cannot be compacted: {error.strerror}") from error
 
     def stats(self) -> dict[str, int]:
         """Counters since it was opened, and what there is.
