@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import random
 import shutil
@@ -11,19 +10,19 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from store_bench import BLOCK, COUNT, Bench, bench_in, mounted, versions
 from store_writer import block_of, key_of, version_of
 
 import asyncxfer
-from asyncxfer import AccessError, Agent, ClosedError, ConfigError, DescriptorError, Region, XferError
+from asyncxfer import AccessError, ClosedError, ConfigError, DescriptorError, XferError
 from asyncxfer import store as stores
 from asyncxfer._fast.blockindex import OPENED, BlockIndex, note, pack
 from asyncxfer._fast.crc32c import crc32c
@@ -31,50 +30,7 @@ from asyncxfer.store import Store, StoreError, StoreFormatError, StoreFullError,
 from asyncxfer.store._format import JOURNAL, salt_of, write_head
 from asyncxfer.store._recovery import Opened, read_identity
 
-BLOCK = 4096
-COUNT = 64  # blocks of memory
-Bytes = npt.NDArray[np.uint8]
 Open = Callable[..., AbstractAsyncContextManager[Store]]
-
-
-class Bench:
-    """An agent with memory, and a directory for stores."""
-
-    def __init__(self, agent: Agent, region: Region, path: Path) -> None:
-        self.agent = agent
-        self.region = region
-        self.memory: Bytes = region.array
-        self.path = path
-
-    def open(self, **options: Any) -> stores.Opening:
-        """Open the store; a writer by default, whose blocks are those of the memory."""
-        if options.get("mode", "w") == "w":
-            options = {"block_bytes": BLOCK, "slab_bytes": 100 * BLOCK} | options
-        return stores.open(options.pop("path", self.path), agent=self.agent, **options)
-
-    async def put(self, store: Store, versions: dict[int, int], **options: Any) -> None:
-        """Put versions of numbered blocks."""
-        for row, (number, version) in enumerate(versions.items()):
-            self.memory[row] = block_of(number, version, BLOCK)
-        await store.put([key_of(number) for number in versions], self.region[: len(versions)], **options)
-
-    async def get(self, store: Store, numbers: list[int], *, damaged: bool = False) -> dict[int, int | None]:
-        """Get numbered blocks: their versions; None for what is no whole block. Misses leave their rows alone."""
-        rows = np.arange(COUNT - len(numbers), COUNT)
-        self.memory[rows] = 0xAB
-        hits = await store.get([key_of(number) for number in numbers], self.region[rows])
-        for row, hit in zip(rows, hits, strict=True):
-            assert hit or damaged or (self.memory[row] == 0xAB).all()
-        found = zip(numbers, rows, hits, strict=True)
-        return {number: version_of(number, self.memory[row]) for number, row, hit in found if hit}
-
-
-@asynccontextmanager
-async def bench_in(path: Path) -> AsyncIterator[Bench]:
-    async with Agent("bench") as agent, agent.allocate((COUNT, BLOCK), np.uint8) as region:
-        made = Bench(agent, region, path)
-        yield made
-        vars(made).clear()  # pytest keeps the value of a fixture, and with it the memory
 
 
 @pytest.fixture
@@ -83,8 +39,10 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         yield made
 
 
-def versions(*numbers: int, version: int = 1) -> dict[int, int]:
-    return dict.fromkeys(numbers, version)
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    yield from mounted(tmp_path / "disk", "4m")
 
 
 # ---- putting and getting --------------------------------------------------------------------------------------------
@@ -623,22 +581,6 @@ def damage(path: Path, dice: random.Random) -> None:
 
 
 # ---- a full disk ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    libc = ctypes.CDLL(None, use_errno=True)
-    place = tmp_path / "disk"
-    place.mkdir()
-    if libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, b"size=4m") != 0:
-        pytest.skip(f"a tmpfs cannot be mounted: {os.strerror(ctypes.get_errno())}")
-    try:
-        yield place
-    finally:
-        assert libc.umount2(os.fsencode(place), 2) == 0
 
 
 async def test_a_full_disk_loses_nothing_acknowledged(small_disk: Path, tmp_path: Path) -> None:

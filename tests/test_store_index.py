@@ -337,3 +337,14 @@ def test_blocks_that_are_not_there_are_refused() -> None:
         blockrows.checksums(runs, np.zeros(1, np.uint64), 3)
     with pytest.raises(IndexError, match="segment 0 of 0"):
         blockrows.checksums(runs, np.zeros(0, np.uint64), 5)
+
+
+def test_slots_are_where_blocks_lie_in_their_slabs() -> None:
+    slots = blockrows.slots(np.array([0, 4, 5, 13], np.int64), 1000, 5)
+    assert fast.to_rows(slots).tolist() == [[0, 1000, 0], [4000, 1000, 0], [0, 1000, 0], [3000, 1000, 0]]
+    assert len(blockrows.slots(np.empty(0, np.int64), 1000, 5)) == 0
+    with pytest.raises(IndexError, match="no block -1"):
+        blockrows.slots(np.array([3, -1], np.int64), 1000, 5)
+    for size, each in ((0, 5), (1000, 0)):
+        with pytest.raises(ValueError, match="at least one"):
+            blockrows.slots(np.array([3], np.int64), size, each)

@@ -10,6 +10,7 @@ import asyncio
 import io
 import os
 import random
+import select
 import subprocess
 import sys
 import time
@@ -70,20 +71,21 @@ def writer(path: Path, durability: str, seed: int, budget: int, **pipes: Any) ->
 
 def killed(path: Path, durability: str, seed: int, budget: int, delay: float) -> list[str]:
     """Run a writer and kill it; what it said."""
-    with writer(path, durability, seed, budget, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    with writer(path, durability, seed, budget, **pipes) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         first = process.stdout.readline().decode()
         if not first:
             raise AssertionError(process.stderr.read().decode())
         killer = time.monotonic() + delay
-        os.set_blocking(process.stdout.fileno(), False)
         said = b""
-        while time.monotonic() < killer:
-            said += process.stdout.read() or b""
-            time.sleep(0.001)
+        while select.select([process.stdout], [], [], max(0.0, killer - time.monotonic()))[0]:
+            more = os.read(process.stdout.fileno(), 1 << 16)
+            said += more
+            if not more or time.monotonic() >= killer:
+                break
         process.kill()
-        os.set_blocking(process.stdout.fileno(), True)
         said += process.stdout.read()
         assert process.wait(timeout=30) == -9
     return [first.strip(), *said.decode().splitlines()]

@@ -20,6 +20,15 @@ def pick(runs: Runs, block_bytes: int, blocks: Int64s) -> Runs:
         There is no such block.
     """
 
+def slots(blocks: Int64s, block_bytes: int, slab_blocks: int) -> Runs:
+    """Give the rows of blocks in their slabs, of `slab_blocks` blocks each: one row a block.
+
+    Raises
+    ------
+    IndexError
+        A number is negative.
+    """
+
 def checksums(runs: Runs, addresses: Uint64s, block_bytes: int) -> Uint32s:
     """Give the CRC32C of each block, read where the rows lie: segment k of them begins at the k-th address.
 

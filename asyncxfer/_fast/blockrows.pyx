@@ -85,6 +85,21 @@ def pick(runs: Runs, uint64_t block_bytes, const int64_t[::1] blocks) -> Runs:
     return picked
 
 
+def slots(const int64_t[::1] blocks, uint64_t block_bytes, uint64_t slab_blocks) -> Runs:
+    """Give the rows of blocks in their slabs, of `slab_blocks` blocks each: one row a block."""
+    cdef Py_ssize_t i
+    if block_bytes == 0 or slab_blocks == 0:
+        raise ValueError("a block has at least one byte, a slab at least one block")
+    rows = np.zeros(blocks.shape[0], descriptors.RUN)
+    cdef RunView out = RunView(rows)
+    for i in range(blocks.shape[0]):
+        if blocks[i] < 0:
+            raise IndexError(f"there is no block {blocks[i]}")
+        out.at[i].offset = <uint64_t> blocks[i] % slab_blocks * block_bytes
+        out.at[i].length, out.at[i].count = block_bytes, 1
+    return rows
+
+
 def checksums(runs: Runs, const uint64_t[::1] addresses, uint64_t block_bytes) -> Uint32s:
     """Give the CRC32C of each block, read where the rows lie: segment k of them begins at the k-th address."""
     cdef RunView view = RunView(runs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,11 +187,30 @@ class Commits:
     async def _commit_or_stop(self, batch: list[_Change]) -> None:
         try:
             await self._commit(batch)
-        except MemoryError:
-            self._bad = f"{self._directory}: there is no memory for the index; open the store again"
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
+            self._stop(f"a change failed half way: {error!r}")
             for change in batch:
                 if not change.done.done():
-                    change.done.set_exception(StoreError(self._bad))
+                    failure = StoreError(self._bad)
+                    failure.__cause__ = error
+                    change.done.set_exception(failure)
+            self._changed()
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Stop at anything but a full disk, which leaves the journal as it was."""
+        try:
+            yield
+        except StoreFullError:
+            raise
+        except StoreError as error:
+            self._stop(str(error))
+            raise
+
+    def _stop(self, why: str) -> None:
+        """Refuse whatever is still to come: what the files hold is not known any more."""
+        if self._bad is None:
+            self._bad = f"{self._directory}: {why}; open the store again"
 
     async def _commit(self, batch: list[_Change]) -> None:
         owed, self._owed = self._owed, []
@@ -244,18 +263,15 @@ class Commits:
         try:
             self._slabs.sync(slabs)
         except OSError as error:
-            self._bad = f"{self._directory}: blocks could not be synced: {error.strerror}; open the store again"
+            self._stop(f"blocks could not be synced: {error.strerror}")
             raise StoreError(self._bad) from error
-        self._journal.append(given_up, essential=True)
-        try:
-            self._journal.append(holding)
-        except StoreFullError as error:
-            failure = error
-        try:
+        with self._stopping():
+            self._journal.append(given_up, essential=True)
+            try:
+                self._journal.append(holding)
+            except StoreFullError as error:
+                failure = error
             self._journal.sync(self._durability)
-        except StoreError as error:
-            self._bad = f"{error}; open the store again"
-            raise
         return failure
 
     async def _tell(self, sets: list[_Change], sequence: int) -> None:
@@ -284,10 +300,11 @@ class Commits:
 
     def _consider_compacting(self) -> None:
         if self._compacting is None and self.records > max(_LEAST_RECORDS, self._index.count):
-            self._start_compacting().add_done_callback(lambda task: task.exception())
+            self._start_compacting()
 
     def _start_compacting(self) -> asyncio.Task[None]:
         self._compacting = asyncio.ensure_future(self._compact())
+        self._compacting.add_done_callback(lambda task: task.exception())
         return self._compacting
 
     async def compact(self) -> None:
@@ -330,13 +347,14 @@ class Commits:
     async def _rotate(self) -> None:
         waiting, self._rotating = self._rotating, None
         assert waiting is not None
+        sequence = self._sequence
+        self._sequence += 2  # whatever becomes of them
         try:
             self.check()
-            snapshot = await self._in_thread(self._begin_next, self._sequence)
-        except (StoreError, OSError) as error:
+            snapshot = await self._in_thread(self._begin_next, sequence)
+        except Exception as error:  # noqa: BLE001 - as above
             waiting.set_exception(error)
         else:
-            self._sequence += 2
             self.records = 1
             waiting.set_result(snapshot)
 
@@ -345,21 +363,30 @@ class Commits:
         snapshot = Snapshot(self._directory, self._identity, generation)
         try:
             following = Journal.create(self._directory, self._identity, generation, self._durability)
-            try:
-                self._journal.append(note(NEXT, sequence, self._journal.salt, b""), essential=True)
-                self._journal.sync(self._durability)
-            except BaseException:
-                following.close()
-                with contextlib.suppress(OSError):
-                    following.path.unlink()
-                raise
+            self._hand_over(following, sequence)
         except BaseException:
             snapshot.abandon()
             raise
-        before, self._journal = self._journal, following
-        following.append(note(OPENED, sequence + 1, following.salt, self._opened.encode()))
-        before.close()
         return snapshot
+
+    def _hand_over(self, following: Journal, sequence: int) -> None:
+        """Say in the journal that another one goes on, and go on there."""
+        before = self._journal
+        try:
+            with self._stopping():
+                before.append(note(NEXT, sequence, before.salt, b""), essential=True)
+        except BaseException:
+            following.close()
+            with contextlib.suppress(OSError):
+                following.path.unlink()
+            raise
+        self._journal = following  # readers go on there already
+        try:
+            with self._stopping():
+                before.sync(self._durability)
+                following.append(note(OPENED, sequence + 1, following.salt, self._opened.encode()))
+        finally:
+            before.close()
 
     def _clear_up(self, generation: int) -> None:
         journals, snapshots, _ = generations(self._directory)

@@ -140,7 +140,7 @@ def generations(directory: Path) -> tuple[list[int], list[int], list[str]]:
     unfinished: list[str] = []
     for name in os.listdir(directory):
         found = _FILE.fullmatch(name)
-        if name.endswith(".new"):
+        if name == "store.new" or (found and found[3]):
             unfinished.append(name)
         elif found:
             (journals if found[1] == "journal" else snapshots).append(int(found[2], 16))

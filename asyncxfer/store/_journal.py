@@ -133,7 +133,13 @@ class Journal:
                 for start in range(0, len(view), PIECE_BYTES):
                     at += _write(self.fd, view[start : start + PIECE_BYTES], at)
         except OSError as error:
-            self._take_back()
+            try:
+                self._take_back()
+            except OSError as another:
+                raise StoreError(
+                    f"{self.path} cannot be written: {error.strerror}; nor can half of it be taken back: "
+                    f"{another.strerror}"
+                ) from error
             raise _failed(self.path, error) from error
         self.end = at
 
@@ -164,16 +170,15 @@ class Journal:
         try:
             sync_file(self.fd, durability)
         except OSError as error:
-            raise _failed(self.path, error) from error
+            raise StoreError(f"{self.path} cannot be synced: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file, without what was kept ahead."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            try:
+            with contextlib.suppress(OSError):  # whoever opens it next cuts it off
                 os.ftruncate(fd, self.end)
-            finally:
-                os.close(fd)
+            os.close(fd)
 
 
 class Snapshot:

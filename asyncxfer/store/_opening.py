@@ -143,10 +143,11 @@ def _open_to_read(options: Options, parts: Parts) -> None:
 
 def _open_to_write(options: Options, parts: Parts) -> None:
     directory, report = options.directory, parts.report
-    if not directory.is_dir():
-        directory.mkdir(parents=True, exist_ok=True)
-        if options.durability != "none":
-            sync_directory(directory.parent)
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    if options.durability != "none":
+        for path in missing:
+            sync_directory(path.parent)
     parts.lock_fd = _lock(directory)
     parts.identity = identity = _identity(options, report)
     loaded = load(directory, identity, report)
@@ -265,8 +266,10 @@ def _drop(options: Options, identity: Identity, loaded: Loaded, opened: Opened, 
 
 
 def _journal_of(options: Options, identity: Identity, loaded: Loaded) -> Journal:
-    if loaded.journal is not None and not loaded.continued:
-        return Journal.resume(options.directory, identity, loaded.journal, loaded.end)
+    if loaded.journal is not None:
+        if not loaded.continued:
+            return Journal.resume(options.directory, identity, loaded.journal, loaded.end)
+        return Journal.create(options.directory, identity, loaded.journal + 1, options.durability)  # readers look there
     journals, snapshots, _ = generations(options.directory)
     return Journal.create(options.directory, identity, max([*journals, *snapshots], default=0) + 1, options.durability)
 

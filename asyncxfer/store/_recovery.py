@@ -34,6 +34,7 @@ __all__ = ["Follower", "Loaded", "Opened", "load", "read_identity"]
 _CHUNK_BYTES = 4 * 1024 * 1024
 _GLANCE_BYTES = 4096
 _PATIENCE = 16  # compactions that may go by while a reader opens its files
+_FORGIVING = 3  # so often a file that is missing may be one that a compaction has just removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,8 @@ def load(directory: Path, identity: Identity, report: Report) -> Loaded:
         if generation >= base:
             _load_journal(directory, identity, loaded, limit, generation, report)
     index.settle()
+    absent = _absent(base, [generation for generation in journals if generation >= base], loaded)
+    report.damaged_files += [name for name in absent if name not in report.damaged_files]
     for generation in {*journals, *snapshots}:  # a compaction was interrupted before it had cleared up
         if generation < base:
             for name in (journal_name(generation), snapshot_name(generation)):
@@ -117,6 +120,21 @@ def load(directory: Path, identity: Identity, report: Report) -> Loaded:
 
 def _covered(slabs: dict[int, int], identity: Identity) -> int:
     return min((max(slabs, default=-1) + 1) * identity.slab_blocks, MAX_BLOCKS)
+
+
+def _absent(base: int, journals: list[int], loaded: Loaded) -> list[str]:
+    """Name the files that others speak of: each journal goes on where a snapshot or another journal ends."""
+    absent = []
+    expected = base or 1
+    for generation in journals:
+        if generation > expected:
+            absent.append(journal_name(expected) if base or expected > 1 else snapshot_name(generation))
+        expected = generation + 1
+    if loaded.continued and loaded.journal is not None:
+        absent.append(journal_name(loaded.journal + 1))
+    elif base and not journals:
+        absent.append(journal_name(base))
+    return absent
 
 
 def _load_snapshot(
@@ -189,6 +207,10 @@ def _is_note(chunk: bytes, good: int) -> bool:
     return chunk[(good - 1) * RECORD_BYTES + 4] in (OPENED, CLOSED, NEXT)
 
 
+class _MovedOnError(Exception):
+    """The files that a reader follows are no longer those that the writer goes on with."""
+
+
 class Follower:
     """A reader's view of the journal: it reads what the writer has appended since.
 
@@ -205,6 +227,7 @@ class Follower:
         self._generation = 0
         self._salt = 0
         self._at = HEAD_BYTES
+        self._last = b""  # the record before, which stands there for as long as this is the writer's journal
         self._limit = 0
         self._next = 0  # the journal that goes on where this one has ended
         self.index = BlockIndex(MAX_BLOCKS)
@@ -220,33 +243,43 @@ class Follower:
         StoreError
             Its files change too fast, or cannot be read.
         """
-        for _ in range(_PATIENCE):
-            try:
-                self._begin(report)
-            except FileNotFoundError:  # a compaction went by
-                self.close()
-                self.index = BlockIndex(MAX_BLOCKS)
-                continue
-            self.read_all()
-            self.index.settle()
-            report.damaged_records += self.damaged
-            report.clean = self._was_closed
-            return
+        try:
+            for attempt in range(_PATIENCE):
+                report.damaged_records, report.damaged_files, self.damaged = 0, [], 0
+                try:
+                    self._begin(report, forgiving=attempt >= _FORGIVING)
+                    while self._read_some():
+                        pass
+                except (FileNotFoundError, _MovedOnError):  # a compaction went by
+                    self.index = BlockIndex(MAX_BLOCKS)
+                    continue
+                self.index.settle()
+                report.damaged_records += self.damaged
+                report.clean = self._was_closed
+                return
+        except BaseException:
+            self.close()
+            raise
+        self.close()
         raise StoreError(f"{self._directory}: its journal could not be found {_PATIENCE} times in a row")
 
-    def _begin(self, report: Report) -> None:
+    def _begin(self, report: Report, *, forgiving: bool) -> None:
         journals, snapshots, _ = generations(self._directory)
         self._limit = _covered(slabs_of(self._directory), self._identity)
         base = _load_snapshot(self._directory, self._identity, self.index, self._limit, snapshots, report)
-        self._follow(next((generation for generation in journals if generation >= base), 1))
+        first = next((generation for generation in journals if generation >= base), 1)
+        if first != (base or 1) and not forgiving:
+            raise _MovedOnError  # a list of files that is made while they change need not have all of them
+        self._follow(first)
 
     def _follow(self, generation: int) -> None:
         fd = os.open(self._directory / journal_name(generation), os.O_RDONLY)
-        if read_head(JOURNAL, self._identity, generation, os.pread(fd, HEAD_BYTES, 0)) is None:
+        head = os.pread(fd, HEAD_BYTES, 0)
+        if read_head(JOURNAL, self._identity, generation, head) is None:
             os.close(fd)
             raise StoreFormatError(f"{self._directory / journal_name(generation)} is not the journal of this store")
         self.close()
-        self._fd, self._generation, self._at, self._next = fd, generation, HEAD_BYTES, 0
+        self._fd, self._generation, self._at, self._last, self._next = fd, generation, HEAD_BYTES, head, 0
         self._salt = salt_of(JOURNAL, self._identity, generation)
 
     def glance(self) -> bool | None:
@@ -254,52 +287,78 @@ class Follower:
 
         Gives whether there may be more.
         """
+        if self._next != 0:
+            return None
         buffer = bytearray(_GLANCE_BYTES)
         try:
-            size = os.preadv(self._fd, [buffer], self._at, os.RWF_NOWAIT)
+            size = os.preadv(self._fd, [buffer], self._at - RECORD_BYTES, os.RWF_NOWAIT)
+            if size < len(buffer) and self._at - RECORD_BYTES + size < os.fstat(self._fd).st_size:
+                return None  # the rest is not in the page cache
         except OSError:
             return None
-        if size < RECORD_BYTES or not buffer[4]:  # no record has kind 0
-            return False
-        looked, damaged, _, notes = self.index.apply(
-            memoryview(buffer)[: size - size % RECORD_BYTES], self._salt, self._limit, wary=True
-        )
-        self._at += looked * RECORD_BYTES
-        self._note(notes)
-        if damaged or self._next:
+        if buffer[:RECORD_BYTES] != self._last:
             return None
-        return size == _GLANCE_BYTES
+        written = len(buffer.rstrip(b"\0"))
+        if written <= RECORD_BYTES:
+            return False
+        looked = self._apply(buffer[RECORD_BYTES : size - size % RECORD_BYTES])
+        if self._next != 0:
+            return None
+        if written > (1 + looked) * RECORD_BYTES:
+            return None  # something that is no record, or not yet
+        return size == (1 + looked) * RECORD_BYTES
 
-    def read_all(self) -> None:
-        """Apply all records that have come. May block.
+    def read_some(self) -> bool:
+        """Apply some of the records that have come; whether there may be more. May block.
 
         Raises
         ------
         OSError
         """
-        while self.read_some():
-            pass
+        try:
+            return self._read_some()
+        except _MovedOnError:
+            self._begin_anew()
+            return False
 
-    def read_some(self) -> bool:
-        """Apply some of the records that have come; whether there may be more. May block."""
-        if self._next:
+    def _read_some(self) -> bool:
+        if self._next != 0:
             try:
                 self._follow(self._next)
-            except FileNotFoundError:
-                self._begin_anew()
-                return False
-        data = os.pread(self._fd, 4 * PIECE_BYTES, self._at)
-        data = data[: len(data) - len(data) % RECORD_BYTES]
+            except FileNotFoundError as error:
+                journals, snapshots, _ = generations(self._directory)
+                if max((*journals, *snapshots), default=0) > self._generation:
+                    raise _MovedOnError from error
+                return False  # it was lost with the machine; the next writer makes it
+        data = os.pread(self._fd, RECORD_BYTES + 4 * PIECE_BYTES, self._at - RECORD_BYTES)
+        if data[:RECORD_BYTES] != self._last:
+            raise _MovedOnError  # taken back, and something else written there
+        data = data[RECORD_BYTES : len(data) - len(data) % RECORD_BYTES]
         if not data:
             return False
-        looked, damaged, _, notes = self.index.apply(data, self._salt, self._limit, wary=True)
-        self._at += looked * RECORD_BYTES
-        self._note(notes)
-        if self._next:
+        looked = self._apply(data)
+        if self._next != 0:
             return True
-        if not damaged:
+        if looked == len(data) // RECORD_BYTES:
             return len(data) == 4 * PIECE_BYTES
         return self._at_a_bad_one(data[looked * RECORD_BYTES :])
+
+    def _apply(self, data: bytes | bytearray) -> int:
+        """Apply records as far as they are right; how many that were."""
+        looked, _, _, notes = self.index.apply(data, self._salt, self._limit, wary=True)
+        for kind, _, payload in notes:
+            if kind == OPENED:
+                self.trusted = Opened.decode(payload).trusted
+            self._was_closed = kind == CLOSED
+            if kind == NEXT:
+                self._next = self._generation + 1
+        if looked:
+            self._pass(data[: looked * RECORD_BYTES])
+        return looked
+
+    def _pass(self, data: bytes | bytearray) -> None:
+        self._at += len(data)
+        self._last = bytes(data[-RECORD_BYTES:])
 
     def _begin_anew(self) -> None:
         """Read everything again: so many compactions went by that the journals in between are gone."""
@@ -318,18 +377,9 @@ class Follower:
         # What is so far behind it was written by a later call: this one will not become right any more.
         if sealed(rest[PIECE_BYTES:], self._salt):
             self.damaged += 1
-            self._at += RECORD_BYTES
+            self._pass(rest[:RECORD_BYTES])
             return True
         return False
-
-    def _note(self, notes: list[tuple[int, int, bytes]]) -> None:
-        """Take note of what the writer says of itself, and of the end of this journal."""
-        for kind, _, payload in notes:
-            if kind == OPENED:
-                self.trusted = Opened.decode(payload).trusted
-            self._was_closed = kind == CLOSED
-            if kind == NEXT:
-                self._next = self._generation + 1
 
     def close(self) -> None:
         """Let go of the journal."""

@@ -25,7 +25,7 @@ class Report:
     damaged_records : int
         Elsewhere in the journal and the snapshot, with a wrong checksum. What they said is lost.
     damaged_files : list of str
-        Snapshots and journals whose head is no longer readable.
+        Snapshots and journals that are missing, or whose head is no longer readable.
     lost_blocks : int
         Whose slab is missing or too short.
     unverifiable_blocks : int
@@ -77,6 +77,6 @@ class Report:
             (self.over_budget, "blocks beyond the budget dropped"),
         ]
         told += [f"{count:,} {what}" for count, what in counts if count]
-        told += [f"unreadable: {name}" for name in self.damaged_files]
+        told += [f"unreadable or missing: {name}" for name in self.damaged_files]
         told += [f"removed: {name}" for name in self.leftovers]
         return "; ".join(told)

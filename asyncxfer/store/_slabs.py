@@ -1,7 +1,8 @@
 """The slabs: files of blocks and nothing else, opened as regions of the agent when they are first needed.
 
 A slab has its full length from the start, and is a sparse file. One that is no longer needed is cut to nothing and
-kept: a reader that has it open shall not go on reading what has another name by now. It does not know keys.
+kept: a reader that has it open shall not go on reading what has another name by now. Checksums are worked out beside
+the moves. It does not know keys.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from asyncxfer import Agent, DescriptorList, MemoryKind, Region
-from asyncxfer._fast.blockindex import Int64s
-from asyncxfer._fast.blockrows import pick
+from asyncxfer._fast.blockindex import Int64s, Uint32s
+from asyncxfer._fast.blockrows import checksums, pick, slots
 
 from ._errors import StoreError
 from ._format import Identity, slab_name, sync_directory
 from ._journal import Durability, sync_file
 
-__all__ = ["Slabs"]
+__all__ = ["Slabs", "in_host_memory"]
+
+_INLINE_BYTES = 64 * 1024  # checksums of so much are worked out at once
 
 
 class Slabs:
@@ -113,38 +116,69 @@ class Slabs:
         for number in sorted(numbers):
             sync_file(self._fds[number], self._durability)
 
-    async def move(self, op: str, rows: DescriptorList, which: Int64s, blocks: Int64s) -> None:
-        """Put or get blocks.
+    async def put(self, rows: DescriptorList, which: Int64s, blocks: Int64s) -> Uint32s | None:
+        """Write blocks, and give their checksums; None where the processor cannot read the rows.
 
         Parameters
         ----------
-        op : {"put", "get"}
         rows : DescriptorList
             Memory, a block after the other.
         which : (n,) int64
             Which blocks of `rows`.
         blocks : (n,) int64
-            Where they are in the slabs, ascending where that can be.
+            Where they go in the slabs.
 
         Raises
         ------
         TransferError
             And whatever else `Agent.put` and `Agent.get` raise. Nothing is in flight any more by then.
         """
-        size = self._identity.block_bytes
-        slabs = blocks // self._identity.slab_blocks
-        offsets = (blocks - slabs * self._identity.slab_blocks) * size
+        chosen = chosen_rows(rows, which, self._identity.block_bytes)
+        if not in_host_memory(rows):
+            await self._move("put", chosen, blocks)
+            return None
+        if chosen.nbytes <= _INLINE_BYTES:
+            await self._move("put", chosen, blocks)
+            return await self._checksums(chosen)
+        checking = asyncio.ensure_future(self._checksums(chosen))
+        try:
+            await self._move("put", chosen, blocks)
+        finally:
+            while not checking.done():
+                await asyncio.wait([checking])
+        return checking.result()
+
+    async def get(self, rows: DescriptorList, which: Int64s, blocks: Int64s) -> Uint32s | None:
+        """Read blocks, and give the checksums of what was read; else as `put`."""
+        chosen = chosen_rows(rows, which, self._identity.block_bytes)
+        await self._move("get", chosen, blocks)
+        return await self._checksums(chosen) if in_host_memory(rows) else None
+
+    async def _checksums(self, rows: DescriptorList) -> Uint32s:
+        assert isinstance(rows.region, Region)
+        memory = rows.region.memory  # kept until they are worked out
+        addresses = np.array([segment.address for segment in memory.segments], np.uint64)
+        if rows.nbytes <= _INLINE_BYTES:
+            return checksums(rows.runs, addresses, self._identity.block_bytes)
+        found: Uint32s = await self._in_thread(checksums, rows.runs, addresses, self._identity.block_bytes)
+        return found
+
+    async def _move(self, op: Literal["put", "get"], rows: DescriptorList, blocks: Int64s) -> None:
+        size, each = self._identity.block_bytes, self._identity.slab_blocks
         call = self._agent.put if op == "put" else self._agent.get
-        if (slabs == slabs[0]).all():
-            region = await self.region(int(slabs[0]))
-            await call(chosen_rows(rows, which, size), region.descriptors(offsets, size))
+        places = slots(blocks, size, each)
+        first = int(blocks[0]) // each
+        if len(blocks) == 1 or (blocks // each == first).all():
+            await call(rows, DescriptorList.build(await self.region(first), places))
             return
-        cuts = np.flatnonzero(np.diff(slabs)) + 1
-        regions = [await self.region(number) for number in slabs[np.concatenate(([0], cuts))].tolist()]
+        slabs = blocks // each
+        cuts = [0, *(np.flatnonzero(np.diff(slabs)) + 1).tolist(), len(blocks)]
+        regions = [await self.region(number) for number in slabs[cuts[:-1]].tolist()]
         transfers = []
         try:
-            for region, chosen, part in zip(regions, np.split(which, cuts), np.split(offsets, cuts), strict=True):
-                transfers.append(call(chosen_rows(rows, chosen, size), region.descriptors(part, size)))
+            for region, start, stop in zip(regions, cuts, cuts[1:], strict=False):
+                part = chosen_rows(rows, np.arange(start, stop), size)
+                transfers.append(call(part, DescriptorList.build(region, places[start:stop])))
         finally:
             # All of them have ended before anybody may touch the blocks or the rows again.
             ended = await asyncio.gather(*transfers, return_exceptions=True)
@@ -167,7 +201,7 @@ class Slabs:
 
 def chosen_rows(rows: DescriptorList, which: Int64s, block_bytes: int) -> DescriptorList:
     """Give the rows of some blocks; the list itself where that is all of them."""
-    if len(which) * block_bytes == rows.nbytes and bool((which == np.arange(len(which))).all()):
+    if len(which) * block_bytes == rows.nbytes and (len(which) == 1 or (which == np.arange(len(which))).all()):
         return rows
     return DescriptorList.build(rows.region, pick(rows.runs, block_bytes, which))
 

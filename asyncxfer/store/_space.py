@@ -80,17 +80,19 @@ class Space:
 
     async def _make_room(self, n: int) -> None:
         index = self._index
+        self._commits.check()
         self._news.clear()
         if self._prefixes:
             self._give_spares()
+            return
+        if self._commits.owing:  # before more is evicted that could not be given out either
+            await self._commits.flush()
             return
         missing = n - self._free()
         evicted = index.evict(missing + min(index.limit // 64, _AHEAD))
         if len(evicted):
             self.evicted += len(evicted)
             await self._commits.clear(evicted)
-        elif self._commits.owing:
-            await self._commits.flush()
         elif index.count + self._free() < index.limit:
             await self._news.wait()  # for blocks that are being written or read
         else:

@@ -11,9 +11,8 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,22 +20,21 @@ import numpy as np
 
 from asyncxfer import AccessError, Agent, ClosedError, DescriptorError, DescriptorList, Region, XferError
 from asyncxfer._fast.blockindex import MAX_KEY_BYTES, BlockIndex, Bools, Int64s, Packed, Uint32s, Uint64s, pack
-from asyncxfer._fast.blockrows import checksums
 
 from ._commits import Commits
 from ._errors import StoreError, StoreFullError
 from ._journal import Durability
 from ._opening import Mode, Options, Parts, absolute, check, directory_of, open_files
-from ._slabs import Slabs, chosen_rows, in_host_memory
+from ._operations import Operations
+from ._slabs import Slabs, in_host_memory
 from ._space import Space
+from ._view import View
 
 __all__ = ["MAX_KEY_BYTES", "Durability", "Mode", "Opening", "Store", "open"]
 
 SLAB_BYTES = 1 << 30
 _PIECE = 4096  # keys that are handled at once
 _PIECE_BYTES = 256 * 1024 * 1024
-_INLINE_BYTES = 64 * 1024  # checksums of so much are worked out at once
-_TURN_SECONDS = 200e-6
 _ATTEMPTS = 4  # of a reader, at blocks that the writer keeps moving
 
 
@@ -139,9 +137,7 @@ class Store:
         self._identity = parts.identity
         self._pool = parts.pool
         self._lock_fd = parts.lock_fd
-        self._follower = parts.follower
-        self._own_index = None if parts.follower else parts.index
-        self._trusted = parts.opened.trusted
+        self._view = View(options.directory, parts.follower or parts.index, parts.opened.trusted, self._in_thread)
         self._first_clock, self._first_sequence = self._index.clock, self._index.sequence
         self._slabs = Slabs(
             agent, options.directory, parts.identity, writable=options.mode == "w", durability=options.durability,
@@ -156,10 +152,7 @@ class Store:
                 changed=self._changed,
             )  # fmt: skip
             self._space = Space(self._index, self._commits, self.block_bytes)
-        self._following = asyncio.Lock()
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._turn: float | None = None  # when the loop was found to be turning last
+        self._operations = Operations()
         self._closed = False
         self._ending: asyncio.Task[None] | None = None
         self._counters = dict.fromkeys(("puts", "hits", "misses", "deleted", "damaged", "moved_away"), 0)
@@ -175,12 +168,16 @@ class Store:
             options = await _to_the_end(loop.run_in_executor(pool, absolute, options))
             await _to_the_end(loop.run_in_executor(pool, open_files, options, parts))
             store = cls(options, parts, agent)
-            if parts.heal and store._commits is not None:
-                with contextlib.suppress(StoreError, OSError):  # the damage is passed over next time too
-                    await store._commits.compact()
         except BaseException:
             parts.close()
             pool.shutdown(wait=False)
+            raise
+        try:
+            if parts.heal:
+                with contextlib.suppress(StoreError):  # the damage is passed over next time too
+                    await store.compact()
+        except BaseException:
+            await store.aclose()
             raise
         return store
 
@@ -198,9 +195,7 @@ class Store:
         await asyncio.shield(self._ending)
 
     async def _end(self) -> None:
-        while self._running:
-            self._idle.clear()
-            await self._idle.wait()
+        await self._operations.ended()
         try:
             if self._commits is not None:
                 used = (self._index.clock, self._index.sequence) != (self._first_clock, self._first_sequence)
@@ -209,8 +204,7 @@ class Store:
             try:
                 await self._slabs.aclose()
             finally:
-                if self._follower is not None:
-                    await self._in_thread(self._follower.close)
+                await self._view.aclose()
                 if self._lock_fd >= 0:
                     os.close(self._lock_fd)
                 self._pool.shutdown(wait=False)
@@ -239,7 +233,7 @@ class Store:
         """Store blocks; returns once they are as lasting as the store's `durability`.
 
         A reader, and a get from here, finds a block from then on. The rows must not be written to meanwhile. If it
-        fails or is cancelled, some of the blocks may have been stored, whole.
+        fails or is cancelled, some of the blocks may have been stored, whole, and pinned if that was asked for.
 
         Parameters
         ----------
@@ -272,7 +266,7 @@ class Store:
         """
         commits, space = self._writer("put")
         self._check_rows(keys, rows)
-        async with self._operation():
+        async with self._operations:
             for piece, which in self._pieces(keys):
                 await self._put(commits, space, piece, which, rows, prefix, pin=pin, replace=replace)
 
@@ -288,10 +282,15 @@ class Store:
         commits.check()
         blocks = await space.take(len(keys), prefix)
         try:
-            found = await self._move_and_check("put", rows, which, blocks)
+            found = await self._slabs.put(rows, which, blocks)
         except BaseException as error:
             space.give(blocks)
-            raise _no_room(self.path, error) from error
+            if _is_full(error):
+                raise StoreFullError(
+                    f"the disk under {self.path} is full; what was acknowledged is kept. Free space, or open the store "
+                    f"with a smaller budget ({error})"
+                ) from error
+            raise
         slabs = frozenset(np.unique(blocks // self._identity.slab_blocks).tolist())
         known = found is not None
         sums = found if found is not None else np.zeros(len(blocks), np.uint32)
@@ -330,10 +329,10 @@ class Store:
         self._check_open()
         self._check_rows(keys, rows)
         hits = np.zeros(len(keys), np.bool_)
-        async with self._operation():
+        async with self._operations:
             for piece, which in self._pieces(keys):
                 hits[which] = await self._get(piece, which, rows)
-        count = int(hits.sum())
+        count = int(np.count_nonzero(hits))
         self._counters["hits"] += count
         self._counters["misses"] += len(hits) - count
         return hits
@@ -342,13 +341,13 @@ class Store:
         hits = np.zeros(len(keys), np.bool_)
         asked = np.arange(len(keys))
         for attempt in range(_ATTEMPTS):
-            await self._follow()
-            got, again = await self._try_to_get(keys[asked], which[asked], rows, last=attempt == _ATTEMPTS - 1)
+            await self._view.follow()
+            got, again = await self._try_to_get(keys, which, rows, last=attempt == _ATTEMPTS - 1)
             hits[asked[got]] = True
-            asked = asked[again]
-            if not len(asked):
+            if not len(again):
                 break
-            self._counters["moved_away"] += len(asked)
+            self._counters["moved_away"] += len(again)
+            asked, keys, which = asked[again], keys[again], which[again]
         return hits
 
     async def _try_to_get(
@@ -358,16 +357,17 @@ class Store:
         index = self._index
         blocks, sequences, sums, checked = index.lookup(keys, hold=True)
         try:
-            found = np.flatnonzero(blocks >= 0)
+            found = (blocks >= 0).nonzero()[0]
             if not in_host_memory(rows):  # nobody can look at these
-                trusted = sequences[found] >= self._trusted_now()
+                trusted = sequences[found] >= self._view.trusted
                 found = found[trusted]
-            found = found[np.argsort(blocks[found], kind="stable")]
             if not len(found):
                 return found, found
-            good, same = await self._read_blocks(
-                rows, which[found], blocks[found], sequences[found], sums[found], checked[found], last=last
-            )
+            parts = (which, blocks, sequences, sums, checked)
+            if len(blocks) > 1:
+                found = found[np.argsort(blocks[found], kind="stable")]
+                parts = tuple(part[found] for part in parts)  # type: ignore[assignment]
+            good, same = await self._read_blocks(rows, *parts, last=last)
             return found[good & same], found[~same]
         finally:
             if index.release(blocks):
@@ -378,14 +378,14 @@ class Store:
         last: bool,
     ) -> tuple[Bools, Bools]:  # fmt: skip
         try:
-            seen = await self._move_and_check("get", rows, which, blocks)
+            seen = await self._slabs.get(rows, which, blocks)
         except XferError:
             # A reader may be reading a slab that has been cut; where nothing has moved, the error is one.
-            same = await self._still(blocks, sequences)
+            same = await self._view.still(blocks, sequences)
             if same.all() or last:
                 raise
             return np.zeros(len(blocks), np.bool_), np.zeros(len(blocks), np.bool_)
-        same = await self._still(blocks, sequences)
+        same = await self._view.still(blocks, sequences)
         good = np.ones(len(blocks), np.bool_) if seen is None else (seen == sums) | ~checked
         damaged = same & ~good
         if damaged.any():
@@ -393,13 +393,6 @@ class Store:
             if self._commits is not None:
                 self._commits.forget(self._index.remove_blocks(blocks[damaged], sequences[damaged]))
         return good, same
-
-    async def _still(self, blocks: Int64s, sequences: Uint64s) -> Bools:
-        """Tell of each block whether it holds what it held before it was read."""
-        if self._follower is None:
-            return np.ones(len(blocks), np.bool_)  # held blocks are not given out anew
-        await self._follow()
-        return self._index.unchanged(blocks, sequences)
 
     async def contains(self, keys: Sequence[bytes]) -> Bools:
         """Tell of each key whether it is here; that is no use of it.
@@ -423,8 +416,8 @@ class Store:
         """
         self._check_open()
         found = np.zeros(len(keys), np.bool_)
-        async with self._operation():
-            await self._follow()
+        async with self._operations:
+            await self._view.follow()
             for piece, which in self._pieces(keys):
                 found[which] = self._index.contains(piece)
                 await self._pause(which)
@@ -455,7 +448,7 @@ class Store:
         """
         commits, _ = self._writer("delete")
         found = np.zeros(len(keys), np.bool_)
-        async with self._operation():
+        async with self._operations:
             for piece, which in self._pieces(keys):
                 found[which], blocks = self._index.remove(piece)
                 self._counters["deleted"] += len(blocks)
@@ -511,7 +504,7 @@ class Store:
     async def _pin(self, keys: Sequence[bytes], change: int) -> Bools:
         self._writer("pin")
         done = np.zeros(len(keys), np.bool_)
-        async with self._operation():
+        async with self._operations:
             for piece, which in self._pieces(keys):
                 done[which] = self._index.pin(piece, change)
                 await self._pause(which)
@@ -523,7 +516,7 @@ class Store:
 
         Raises
         ------
-        StoreError
+        StoreFullError, StoreError
             It could not be written; the journal counts on.
         AccessError
             The store was opened for reading.
@@ -531,11 +524,12 @@ class Store:
             The store is closed.
         """
         commits, _ = self._writer("compact")
-        async with self._operation():
+        async with self._operations:
             try:
                 await commits.compact()
             except OSError as error:
-                raise StoreError(f"{self.path} cannot be compacted: {error.strerror}") from error
+                kind = StoreFullError if _is_full(error) else StoreError
+                raise kind(f"{self.path} cannot be compacted: {error.strerror}") from error
 
     def stats(self) -> dict[str, int]:
         """Counters since it was opened, and what there is.
@@ -566,10 +560,7 @@ class Store:
 
     @property
     def _index(self) -> BlockIndex:
-        if self._own_index is not None:
-            return self._own_index
-        assert self._follower is not None
-        return self._follower.index
+        return self._view.index
 
     def _check_open(self) -> None:
         if self._closed:
@@ -591,29 +582,6 @@ class Store:
                 f"{self.block_bytes:,} each; these have {rows.nbytes:,}"
             )
 
-    @contextlib.asynccontextmanager
-    async def _operation(self) -> AsyncIterator[None]:
-        self._running += 1
-        try:
-            yield
-            await self._let_others()
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-
-    async def _let_others(self) -> None:
-        """Let the loop turn where calls that needed not wait have kept it for a while."""
-        loop = asyncio.get_running_loop()
-        if self._turn is None:
-            self._turn = loop.time()
-            loop.call_soon(self._turned)
-        elif loop.time() - self._turn > _TURN_SECONDS:
-            await asyncio.sleep(0)
-
-    def _turned(self) -> None:
-        self._turn = None
-
     def _pieces(self, keys: Sequence[bytes]) -> Generator[tuple[Packed, Int64s], None, None]:
         """Give keys in the form that the index takes, and their numbers, as many as are handled at once."""
         most = max(1, min(_PIECE, _PIECE_BYTES // self.block_bytes))
@@ -630,30 +598,6 @@ class Store:
         if len(which) == _PIECE:
             await asyncio.sleep(0)
 
-    async def _move_and_check(self, op: str, rows: DescriptorList, which: Int64s, blocks: Int64s) -> Uint32s | None:
-        """Move blocks, and give the checksums of what lies in the rows; None where the processor cannot read them."""
-        looks = in_host_memory(rows)
-        if op == "get" or not looks:
-            await self._slabs.move(op, rows, which, blocks)
-            return await self._checksums(rows, which) if looks else None
-        checking = asyncio.ensure_future(self._checksums(rows, which))
-        try:
-            await self._slabs.move(op, rows, which, blocks)
-        finally:
-            while not checking.done():
-                await asyncio.wait([checking])
-        return checking.result()
-
-    async def _checksums(self, rows: DescriptorList, which: Int64s) -> Uint32s:
-        assert isinstance(rows.region, Region)
-        memory = rows.region.memory  # kept until they are worked out
-        addresses = np.array([segment.address for segment in memory.segments], np.uint64)
-        runs = chosen_rows(rows, which, self.block_bytes).runs
-        if len(which) * self.block_bytes <= _INLINE_BYTES:
-            return checksums(runs, addresses, self.block_bytes)
-        found: Uint32s = await self._in_thread(checksums, runs, addresses, self.block_bytes)
-        return found
-
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run what may block; to its end, also if nobody waits for it any more."""
         return await _to_the_end(asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments))
@@ -661,22 +605,6 @@ class Store:
     def _changed(self) -> None:
         if self._space is not None:
             self._space.changed()
-
-    def _trusted_now(self) -> int:
-        return self._follower.trusted if self._follower is not None else self._trusted
-
-    async def _follow(self) -> None:
-        """Take note of what the writer has acknowledged by now."""
-        follower = self._follower
-        if follower is None:
-            return
-        async with self._following:
-            more = follower.glance()
-            while more is not False:
-                try:
-                    more = await self._in_thread(follower.read_some) or False
-                except OSError as error:
-                    raise StoreError(f"the journal of {self.path} cannot be read: {error.strerror}") from error
 
 
 async def _to_the_end(future: asyncio.Future[Any]) -> Any:
@@ -692,14 +620,11 @@ async def _to_the_end(future: asyncio.Future[Any]) -> Any:
     return future.result()
 
 
-def _no_room(path: Path, error: BaseException) -> BaseException:
-    """Say that the disk is full where that is why; else the error as it is."""
+def _is_full(error: BaseException) -> bool:
+    """Whether a full disk is behind it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return StoreFullError(
-                f"the disk under {path} is full; what was acknowledged is kept. Free space, or open the store with a "
-                f"smaller budget ({error})"
-            )
+            return True
         cause = cause.__cause__
-    return error
+    return False
