@@ -300,7 +300,8 @@ class Agent:
         name, access, grants
             As in `register`.
         huge_pages : bool
-            Take huge pages where the system has free ones.
+            Take huge pages from the system's reserve, where enough of them are free. Without it, or them, memory of
+            2 MiB and more is put together from free pages to huge ones where the kernel can (Linux 6.1).
 
         Returns
         -------

@@ -32,6 +32,8 @@ from .abc import Backend, Registration
 
 __all__ = ["Regions"]
 
+_SMALL = 2 << 20  # bytes of memory that are made at once; more takes the kernel a while
+
 
 class Regions:
     """The regions of one agent.
@@ -84,7 +86,11 @@ class Regions:
         if kind != "dram":
             raise RegistrationError(f"kind {kind!r} cannot be allocated: no backend for it is loaded; expected 'dram'")
         dims, element = _dimensions(shape, dtype)
-        allocation = allocate(math.prod(dims) * element.itemsize, huge_pages=huge_pages)
+        nbytes = math.prod(dims) * element.itemsize
+        if nbytes < _SMALL:
+            allocation = allocate(nbytes, huge_pages=huge_pages)
+        else:
+            allocation = await self._in_thread(partial(allocate, nbytes, huge_pages=huge_pages))
         array = np.frombuffer(allocation.buffer, element).reshape(dims)
         return await self.register(array, name, access, granted, allocation)
 

@@ -330,8 +330,8 @@ def allocate(nbytes: int, *, huge_pages: bool = False) -> Allocation:
     ----------
     nbytes : int, bytes
     huge_pages : bool
-        Take huge pages from the system's reserve if enough are free, and otherwise ask the kernel to use
-        transparent ones where it can.
+        Take huge pages from the system's reserve if enough are free. In any case the kernel is asked to put together
+        huge pages from what is free otherwise.
 
     Raises
     ------
@@ -354,8 +354,7 @@ def allocate(nbytes: int, *, huge_pages: bool = False) -> Allocation:
             f"cannot allocate {nbytes:,} bytes ({facts.available:,} are free): {error}; "
             "see the limits on open files (ulimit -n) and address space (ulimit -v)"
         ) from error
-    if huge_pages:
-        allocation.mapping.advise_huge_pages()
+    allocation.mapping.gather()
     return allocation
 
 

@@ -203,7 +203,7 @@ def test_fio_stands_beside_large_blocks_only() -> None:
         (["--over", "file", "--shapes", "32x64KiB/one"], "one row many times is not for --over file"),
         (["--over", "file", "--idle", "1"], "--idle is not for --over file"),
         (["--over", "file", "--in-flight", "5"], "--in-flight is not for --over file"),
-        (["--over", "file", "--memory", "mapped"], "--memory is not for --over file"),
+        (["--over", "file", "--memory", "mapped,ordinary"], "one kind of --memory at a time over a file"),
         (["--over", "file", "--ucx-workers", "2"], "--ucx-workers is not for --over file"),
         (["--over", "file", "--tls"], "--tls is for --over tcp"),
         (["--over", "file", "--lists", "unprepared"], "--lists unprepared is not for --over file"),

@@ -10,6 +10,7 @@ import multiprocessing as mp
 import os
 import time
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from asyncxfer._sharing import Backings, MapsSnapshot, Place, allocate, backings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 PAGE = mmap.PAGESIZE
 
@@ -318,8 +318,24 @@ def test_huge_pages_are_used_when_there_are_any() -> None:
 def test_a_stale_count_of_huge_pages_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = _sharing._memory_facts()
     monkeypatch.setattr(_sharing, "_memory_facts", lambda: facts._replace(huge_size=1 << 21, huge_free=1 << 50))
-    allocation = allocate(facts.available // 2, huge_pages=True)  # never so much in huge pages
+    allocation = allocate(facts.huge_free + (1 << 21), huge_pages=True)
     assert not allocation.huge
+
+
+def test_large_memory_lies_in_huge_pages_where_the_kernel_can() -> None:
+    allocation = allocate((5 << 21) + 1)
+    assert allocation.address % (1 << 21) == 0
+    maps = Path("/proc/self/smaps").read_text().split("\n")
+    at = next(i for i, line in enumerate(maps) if line.startswith(f"{allocation.address:x}-"))
+    told = dict(line.split(":", 1) for line in maps[at + 1 : at + 22])
+    whole = int(told["ShmemPmdMapped"].split()[0]) << 10
+    if whole == 0:
+        pytest.skip("this kernel puts no huge pages together")
+    assert whole == 5 << 21
+    assert not np.frombuffer(allocation.buffer, np.uint8).any()
+    np.frombuffer(allocation.buffer, np.uint8)[5_000_000] = 7
+    with backings_of([Segment(allocation.address + 5_000_000, 1)]) as found:
+        assert through_the_file(found, 0, 1) == b"\7"
 
 
 # ---- Mapping ---------------------------------------------------------------------------------------------------------
@@ -368,7 +384,7 @@ def test_a_mapping_of_nothing(memfd: int) -> None:
     mapping = Mapping(memfd, 4 * PAGE, 0)
     assert (len(mapping), mapping.address, bytes(mapping.buffer)) == (0, 0, b"")
     assert mapping.populate()
-    assert not mapping.advise_huge_pages()
+    assert not mapping.gather()
 
 
 def test_populate_makes_pages_present(memfd: int) -> None:

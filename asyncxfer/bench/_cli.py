@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = _list_of(Shape.parse)
     add("--shapes", type=shapes, metavar="NxSIZE,...", help="rows and their size: 16384x4KiB,20000x4KiB/contiguous,...")
     memories = _list_of(_one_of("mapped", "ordinary"))
-    add("--memory", type=memories, metavar="mapped,ordinary", help="default: both; over TCP and UCX ordinary")
+    add(
+        "--memory",
+        type=memories,
+        metavar="mapped,ordinary",
+        help="default: both; over TCP and UCX ordinary, over a file mapped",
+    )
     add("--op", type=_list_of(_one_of("put", "get")), default=["put", "get"], metavar="put,get")
     lists = "prepared: before the clock starts (default); unprepared: lists are made and checked for every transfer"
     add("--lists", type=_list_of(_one_of("prepared", "unprepared")), default=["prepared"], metavar="...", help=lists)
@@ -140,8 +145,9 @@ def _run_over_file(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], C
         rivals=arguments.stall is None,
         folder=arguments.folder,
         backend=arguments.backend,
+        memory=(arguments.memory or ["mapped"])[0],
     )
-    told = {"folder": options.folder, "backend": options.backend}
+    told = {"folder": options.folder, "backend": options.backend, "memory": options.memory}
     if arguments.stall is not None:
         stalls = asyncio.run(_file.stall_files(options, _progress, seconds=arguments.stall))
         return "stall", stalls, _report.stall_table, told
@@ -255,11 +261,13 @@ def _senseless(arguments: argparse.Namespace) -> str:
 
 
 def _senseless_over_file(arguments: argparse.Namespace) -> str:
-    for option in ("notify", "post", "idle", "in_flight", "memory", "checksum", *_UCX_OPTIONS):
+    for option in ("notify", "post", "idle", "in_flight", "checksum", *_UCX_OPTIONS):
         if getattr(arguments, option):
             return f"--{option.replace('_', '-')} is not for --over file"
     if "unprepared" in arguments.lists:
         return "--lists unprepared is not for --over file"
+    if len(arguments.memory or []) > 1:
+        return "one kind of --memory at a time over a file"
     if any(shape.one for shape in arguments.shapes or []):
         return "one row many times is not for --over file"
     if "direct" in (arguments.way or ["direct"]):

@@ -25,7 +25,7 @@ from ._compare import OURS, Line, Measured
 from ._file_cases import FILE_SHAPES, Bytes, FileCase, Way, blank, pattern, problem
 from ._loop import Stall
 from ._pair import BenchError, Sample, Worker
-from ._shapes import Op, Shape
+from ._shapes import Memory, Op, Shape
 from ._side import Message
 
 __all__ = ["FileOptions", "compare_files", "stall_files"]
@@ -47,6 +47,8 @@ class FileOptions:
     nixl : bool
     backend : str or None
         Which of our backends moves; None: the one that is chosen.
+    memory : {"mapped", "ordinary"}
+        Ours moves from and to memory of `Agent.allocate`, or the same kind of memory as the others.
     """
 
     shapes: Sequence[Shape] = FILE_SHAPES
@@ -60,6 +62,7 @@ class FileOptions:
     rivals: bool = True
     folder: str | None = None
     backend: str | None = None
+    memory: Memory = "mapped"
 
     def cases(self) -> Iterator[FileCase]:
         """Every shape in every direction and way."""
@@ -71,7 +74,7 @@ class FileOptions:
     def systems(self) -> Iterator[tuple[str, str, Message]]:
         """Every system with a process of its own: what to call it, what it is, and what its worker has to know."""
         told = {"over": "file", "uvloop": self.uvloop}
-        yield OURS, "asyncxfer", {**told, "backend": self.backend}
+        yield OURS, "asyncxfer", {**told, "backend": self.backend, "memory": self.memory}
         if not self.rivals:
             return
         for queue in ("aio", "uring") if self.nixl else ():

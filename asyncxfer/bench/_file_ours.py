@@ -12,22 +12,31 @@ import numpy as np
 
 from asyncxfer import Agent, Plan, Region
 
-from ._file_side import FileSide
+from ._file_side import FileSide, aligned
 from ._ticker import Ticker, percentiles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ._file_cases import FileCase
+    from ._shapes import Memory
     from ._side import Message
 
 __all__ = ["OurFileSide"]
 
 
 class OurFileSide(FileSide):
-    """An agent with its default settings, or that uses one backend only."""
+    """An agent with its default settings, or that uses one backend only.
 
-    def __init__(self, backend: str | None) -> None:
+    Parameters
+    ----------
+    backend : str or None
+    memory : {"mapped", "ordinary"}
+        From `Agent.allocate`, or what the others have.
+    """
+
+    def __init__(self, backend: str | None, memory: Memory) -> None:
+        self._memory_kind = memory
         self._agent = Agent("bench", backends=None if backend is None else [backend])
         self._files: dict[str, Region] = {}
         self._region: Region | None = None
@@ -35,10 +44,15 @@ class OurFileSide(FileSide):
 
     async def open(self, nbytes: int, path: str, file_bytes: int, ways: list[str]) -> NDArray[np.uint8]:
         await self._agent.start()
-        self._region = await self._agent.allocate(nbytes, np.uint8)
+        if self._memory_kind == "ordinary":
+            memory = aligned(nbytes)
+            self._region = await self._agent.register(memory)
+        else:
+            self._region = await self._agent.allocate(nbytes, np.uint8)
+            memory = self._region.array
         for way in ways:
             self._files[way] = await self._agent.open(path, "r+", size=file_bytes, direct=way == "direct")
-        return self._region.array
+        return memory
 
     async def prepare(self, case: FileCase) -> str:
         assert self._region is not None, "a case came before memory was opened"

@@ -61,7 +61,7 @@ def _file_side(options: Message) -> FileSide:
         return KvikioFileSide()
     from ._file_ours import OurFileSide
 
-    return OurFileSide(options["backend"])
+    return OurFileSide(options["backend"], options["memory"])
 
 
 async def _serve(options: Message, answers: IO[str]) -> None:
