@@ -87,7 +87,7 @@ def _package() -> str:
     _look_for_package()
     try:
         return f"KvikIO {importlib.import_module('kvikio').__version__}"
-    except (ImportError, OSError) as error:
+    except Exception as error:  # what its loader raises for a missing library is neither ImportError nor OSError
         raise BackendError(f"KvikIO does not load: {error}; {_INSTALL}") from error
 
 
