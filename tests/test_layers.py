@@ -28,7 +28,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "asyncxfer/_fast": Rule(frozenset({"asyncxfer._errors"}), frozenset({"asyncxfer._fast"})),
+    "asyncxfer/_fast": Rule(frozenset({"asyncxfer._errors", "asyncxfer._done"}), frozenset({"asyncxfer._fast"})),
     # Besides abc, the errors and the native core: the type of what a backend is configured with, what the two
     # same-host backends share, and parts of one backend. Backends do not know each other.
     "asyncxfer/backends": Rule(
