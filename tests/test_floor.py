@@ -15,16 +15,16 @@ import pytest
 
 kept = []
 
-def test_fd(): kept.append(os.open("/dev/null", os.O_RDONLY))
+def test_fd(): kept.append(os.open("/dev/zero", os.O_RDONLY))
 def test_thread():
     thread = threading.Thread(target=time.sleep, args=(4,), daemon=True); thread.start()
 def test_child(): kept.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(4)"]))
 def test_map(): kept.append(mmap.mmap(-1, 4096))
-async def test_fd_async(): kept.append(os.open("/dev/null", os.O_RDONLY))
+async def test_fd_async(): kept.append(os.open("/dev/zero", os.O_RDONLY))
 async def test_socket_async(): kept.append(socket.socket())
 async def test_task(): kept.append(asyncio.ensure_future(asyncio.sleep(60)))
 @pytest.mark.leaks("fds", reason="excused")
-def test_excused(): kept.append(os.open("/dev/null", os.O_RDONLY))
+def test_excused(): kept.append(os.open("/dev/zero", os.O_RDONLY))
 async def test_executor(): await asyncio.to_thread(int)
 async def test_loop(loop_name):
     assert loop_name in type(asyncio.get_running_loop()).__module__

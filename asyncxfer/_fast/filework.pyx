@@ -25,13 +25,16 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     PAGE = 4096
+    LEAST_VIEW = 16384          # smaller files are not worth a mapping
 
-cdef int64_t MOST_VIEW = 1 << 46        # a quarter of the address space
+cdef int64_t MOST_VIEW = 1 << 46        # bytes: half of what a process can have mapped
+cdef int MOST_VIEWS = 16384             # a quarter of how many mappings it can have
 
 # How long transfers may hold up the caller between two turns of its loop; 1 ms is the promise.
 cdef int64_t HELD_NS = 400_000
 
 cdef long _live = 0
+cdef int _views = 0
 
 _DURABILITIES = {"none": SYNC_NONE, "data": SYNC_DATA, "full": SYNC_FULL}
 _OPERATIONS = {READING: "read", WRITING: "write", SYNCING: "sync"}
@@ -88,18 +91,22 @@ cdef class OpenFile:
 
     cdef void open_view(self) noexcept:
         """Maps it, where a device is behind it: tmpfs would fill its holes."""
+        global _views
         cdef int64_t end = axf_file_end(self.f.fd)
         cdef void* view
-        if self.f.in_memory or end <= 0 or end > MOST_VIEW:
+        if self.f.in_memory or not LEAST_VIEW <= end <= MOST_VIEW or _views >= MOST_VIEWS:
             return
         view = mmap(NULL, end, PROT_READ, MAP_SHARED, self.f.fd, 0)
         if view == MAP_FAILED:
             return
         self.f.view, self.f.view_bytes, self.f.can_be_seen = <const char*>view, end, 1
+        _views += 1
 
     cpdef void close_view(self) noexcept:
         """Lets go of what keeps the file in use; nothing is in flight."""
+        global _views
         if self.f.view != NULL:
+            _views -= 1
             munmap(<void*>self.f.view, self.f.view_bytes)
             self.f.view, self.f.view_bytes = NULL, 0
 
