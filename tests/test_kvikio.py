@@ -193,3 +193,34 @@ def test_a_child_of_a_fork_leaves_the_parent_unharmed(stub: str, tmp_path: Path)
         str(tmp_path / "file"),
     )
     assert told.splitlines() == ["closed in the child", "b'later'"]
+
+
+BROKEN = """
+import asyncio
+from asyncxfer import Agent
+from asyncxfer.abc import BackendError
+from asyncxfer.backends import _kvikio_library
+
+async def start():
+    async with Agent("a"):
+        return "started"
+
+try:
+    _kvikio_library._package()
+except BackendError as error:
+    print(error)
+print(asyncio.run(start()))
+"""
+
+
+def test_a_package_that_does_not_load_is_explained_and_not_fatal(tmp_path: Path, stub: str) -> None:
+    """Its loader has an exception of its own for libraries that are missing."""
+    package = tmp_path / "kvikio"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise RuntimeError("Failure finding libcufile.so.0")\n')
+    paths = {"PYTHONPATH": f"{tmp_path}:{HERE.parent}", "LD_LIBRARY_PATH": str(Path(stub).parent)}
+    done = run("-c", BROKEN, **paths)
+    assert done.returncode == 0, done.stderr
+    told, started = done.stdout.splitlines()
+    assert told.startswith("KvikIO does not load: Failure finding libcufile.so.0; pip install")
+    assert started == "started"
