@@ -48,12 +48,6 @@ static inline uint64_t axf_file_size(int fd) {
     return fstat(fd, &s) == 0 && S_ISREG(s.st_mode) ? (uint64_t)s.st_size : UINT64_MAX;
 }
 
-/* The same in less time, by the file position, which nobody uses; INT64_MAX where it cannot be told. */
-static inline int64_t axf_file_end(int fd) {
-    off_t end = lseek(fd, 0, SEEK_END);
-    return end < 0 ? INT64_MAX : (int64_t)end;
-}
-
 /* Whether the page cache has all of a range, as far as it may be told; -errno where it may not: before Linux 6.5, or
  * by the rights on the file. */
 static inline int axf_file_cached(int fd, uint64_t offset, uint64_t nbytes) {

@@ -19,7 +19,7 @@ from asyncxfer._fast.completion cimport FAILED, OK, Completion, op_finish, op_t
 from asyncxfer._fast.engine cimport scatter
 from asyncxfer._fast.fileflight cimport *
 from asyncxfer._fast.filework cimport (
-    MOST_IOVECS, SYNC_FULL, SYNC_NONE, FileWork, axf_file_cached, axf_file_end, axf_file_move, axf_file_sync,
+    MOST_IOVECS, SYNC_FULL, SYNC_NONE, FileWork, axf_file_cached, axf_file_move, axf_file_size, axf_file_sync,
     axf_iov_rest, file_t, filework_t, gate_t, iovec, request_t,
 )
 from asyncxfer._fast.native cimport *
@@ -154,7 +154,7 @@ cdef bint seen(const filework_t* w, const request_t* r) noexcept nogil:
         madvise(<void*>(file.view + first), r.offset + r.nbytes - first, MADV_POPULATE_READ)
     if scatter(&w.iov[r.iov], file.view + r.offset, r.nbytes, w.nbytes >= STREAM_BYTES):
         return False
-    return axf_file_end(file.fd) >= <int64_t>(r.offset + r.nbytes)      # the rest of its last page is zeros
+    return axf_file_size(file.fd) >= r.offset + r.nbytes      # the rest of its last page is zeros
 
 
 cdef bint perform(flight_t* f, uint32_t index) noexcept nogil:

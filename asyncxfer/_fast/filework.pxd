@@ -1,6 +1,6 @@
 """Transfers between memory and a file, made ready: what to read or write where, in as few calls as possible."""
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from asyncxfer._fast.completion cimport Prepared
 from asyncxfer._fast.engine cimport axf_pair, iovec
@@ -11,7 +11,6 @@ cdef extern from "fileio.h" nogil:
     int axf_file_in_memory(int fd)
     int axf_file_emulated(int fd)
     uint64_t axf_file_size(int fd)
-    int64_t axf_file_end(int fd)
     uint32_t axf_iov_rest(const iovec* iov, uint32_t n, uint64_t got, iovec* out)
     long long axf_file_move(int fd, const iovec* iov, uint32_t n, uint64_t offset, int write, int nowait)
     int axf_file_cached(int fd, uint64_t offset, uint64_t nbytes)

@@ -27,7 +27,7 @@ cdef enum:
     PAGE = 4096
     LEAST_VIEW = 16384          # smaller files are not worth a mapping
 
-cdef int64_t MOST_VIEW = 1 << 46        # bytes: half of what a process can have mapped
+cdef uint64_t MOST_VIEW = 1 << 46        # bytes: half of what a process can have mapped
 cdef int MOST_VIEWS = 16384             # a quarter of how many mappings it can have
 
 # How long transfers may hold up the caller between two turns of its loop; 1 ms is the promise.
@@ -92,7 +92,7 @@ cdef class OpenFile:
     cdef void open_view(self) noexcept:
         """Maps it, where a device is behind it: tmpfs would fill its holes."""
         global _views
-        cdef int64_t end = axf_file_end(self.f.fd)
+        cdef uint64_t end = axf_file_size(self.f.fd)
         cdef void* view
         if self.f.in_memory or not LEAST_VIEW <= end <= MOST_VIEW or _views >= MOST_VIEWS:
             return
@@ -354,7 +354,7 @@ cdef class FileWork(Prepared):
                     axf_store(&w.file.can_refuse, 0)
                 completion.queue.held_ns += axf_now() - op.started
                 return False
-        if not w.write and axf_file_end(w.file.fd) < <int64_t>w.end:
+        if not w.write and axf_file_size(w.file.fd) < w.end:
             return False                    # cut meanwhile: what was read of its last page may be zeros
         op.inline_ = 1
         op_finish(op, OK, 0)
