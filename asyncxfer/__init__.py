@@ -19,6 +19,9 @@ from ._errors import (
     DescriptorError,
     MetadataError,
     NoRouteError,
+    ObjectError,
+    ObjectExistsError,
+    ObjectMissingError,
     PeerLostError,
     RegistrationError,
     TransferError,
@@ -26,9 +29,11 @@ from ._errors import (
     XferError,
 )
 from ._inbox import Notification
+from ._objects import ObjectInfo
 from ._peer import Peer, PeerEvent, PeerState
 from ._plan import Plan
 from ._region import Opening, Region, RemoteRegion
+from ._stored import StoredObjects
 from ._transfer import Transfer
 
 __version__ = "0.1.0.dev0"
@@ -51,6 +56,10 @@ __all__ = [
     "MetadataError",
     "NoRouteError",
     "Notification",
+    "ObjectError",
+    "ObjectExistsError",
+    "ObjectInfo",
+    "ObjectMissingError",
     "Opening",
     "Peer",
     "PeerEvent",
@@ -61,6 +70,7 @@ __all__ = [
     "Region",
     "RegistrationError",
     "RemoteRegion",
+    "StoredObjects",
     "Transfer",
     "TransferError",
     "TransferTimeout",

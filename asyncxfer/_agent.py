@@ -21,13 +21,15 @@ from . import _address, _chooser, _identity, _loops, _metadata, _plugins
 from ._chooser import Explanation
 from ._config import Config
 from ._credentials import Credentials
-from ._descriptors import DescriptorList, MemoryKind
+from ._descriptors import DescriptorList
 from ._errors import AccessError, ClosedError, ConfigError, DescriptorError, TransferTimeout
 from ._fast import engine, fileio, outbox, poller
 from ._files import Durability, FileMode
 from ._grants import Granted
 from ._inbox import Notification
 from ._memory import Access
+from ._object_rows import ObjectRows, sized
+from ._objects import Exists
 from ._peer import Peer, PeerEvent
 from ._peers import Peers
 from ._plan import Plan, match
@@ -326,20 +328,25 @@ class Agent:
         size: int | None = None,
         shape: int | Sequence[int] | None = None,
         dtype: npt.DTypeLike | None = None,
-        direct: bool = False,
-        durability: Durability = "none",
+        direct: bool | None = None,
+        durability: Durability | None = None,
+        exists: Exists | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> Opening:
-        """Open a file as a region, to put to and get from: ``agent.get(memory[:], file[:])`` reads it.
+        """Open a file or objects of a store as a region, to put to and get from.
 
-        Peers do not see it; several agents may open one file.
+        ``agent.get(memory[:], file[:])`` reads a file; ``agent.get(memory[:2], objects[["a", "b"]])`` reads two
+        objects, each as long as its half of the memory, and ``objects["a", 0:4096]`` is a part of one. Peers do not
+        see the region; several agents may open the same.
 
         Parameters
         ----------
         url : str or path
-            A path or a ``file://`` URL, of a file or a block device.
+            A path or a ``file://`` URL, of a file or a block device; or objects below a prefix: ``s3://bucket/prefix``,
+            ``az://container/prefix``, ``gs://bucket/prefix``.
         mode : {"r", "r+", "w"}
             Read only; read and write a file that exists; make the file, or resize the one that exists, and read and
-            write it.
+            write it. With objects, "r" or any of the others.
         name : str or None
             None gives it a number.
         size : int or None, bytes
@@ -348,10 +355,15 @@ class Agent:
             By which it is indexed; None: one dimension.
         dtype : data type or None
             Of the elements, also ``"bfloat16"`` and what else only torch has; None: bytes.
-        direct : bool
+        direct : bool, default False
             Go past the page cache where file offsets, lengths and memory are aligned, and the file system can.
-        durability : {"none", "data", "full"}
+        durability : {"none", "data", "full"}, default "none"
             When a put has ended: once the bytes can be read back; after fdatasync; after fsync.
+        exists : {"replace", "keep", "error"}, default "replace"
+            What a put does with an object that is there: replace it; leave it, as what has just these bytes (keys are
+            made of the content); fail.
+        options : mapping of str to object or None
+            For the client of the store, such as ``endpoint_url``, ``profile_name``; see the page on objects.
 
         Returns
         -------
@@ -361,12 +373,16 @@ class Agent:
         Raises
         ------
         ConfigError
-            By the await: no such mode or durability, or a URL of something else than a file.
+            By the await: no such mode, durability or option, or a URL of nothing that can be opened.
         RegistrationError
-            By the await: the file cannot be opened or is too short, or no backend for files is loaded.
+            By the await: the file cannot be opened or is too short, there are no credentials for the store, or no
+            backend for it is loaded.
         """
-        options = {"size": size, "shape": shape, "dtype": dtype, "direct": direct, "durability": durability}
-        return Opening(lambda: self._open().regions.open(url, mode, name, **options))
+        given = {
+            "size": size, "shape": shape, "dtype": dtype, "direct": direct, "durability": durability,
+            "exists": exists, "options": options,
+        }  # fmt: skip
+        return Opening(lambda: self._open().regions.open(url, mode, name, given))
 
     # ---- peers ---------------------------------------------------------------------------------------------------
 
@@ -529,6 +545,7 @@ class Agent:
         """
         live = self._open()
         here, there = self._sides(live, op, local, remote)
+        local, remote = sized(local, remote)
         pairs = match(local, remote)
         rows = int(pairs["count"].sum())
         offers = _offers(live, op, here, there)
@@ -547,6 +564,7 @@ class Agent:
         request = Request(
             op, taken.via, here.registrations[taken.backend], remote_registration, pairs, local.nbytes, rows,
             endpoint=endpoint, link=link, slot=slot, epoch=epoch, checksum=checksum, keep=(here, there),
+            **_named(local, remote),
         )  # fmt: skip
         return Plan(
             live.backends[taken.backend], request, route=taken, local=local, remote=remote, flights=live.flights,
@@ -574,6 +592,7 @@ class Agent:
         """
         live = self._open()
         here, there = self._sides(live, op, local, remote)
+        local, remote = sized(local, remote)
         rows = int(match(local, remote)["count"].sum())
         return _chooser.weigh(op, rows, local.nbytes, _offers(live, op, here, there))
 
@@ -607,7 +626,7 @@ class Agent:
             raise AccessError(f"{op} needs access {need!r}; {there!r} grants {there.access!r}")
         written: Region | RemoteRegion = there if op == "put" else here
         if isinstance(written, Region) and written.readonly:
-            why = "was opened in mode 'r'" if written.kind is MemoryKind.FILE else "is read-only memory"
+            why = "was opened in mode 'r'" if written.kind.stored else "is read-only memory"
             raise AccessError(f"{op} would write {written!r}, which {why}")
         return here, there
 
@@ -642,6 +661,14 @@ class Agent:
             "threads": engine.threads(),
             "network_threads": poller.running(),
         }
+
+
+def _named(local: DescriptorList, remote: DescriptorList) -> dict[str, Any]:
+    """What a request says of objects, where one of its sides is such."""
+    for side in (local, remote):
+        if isinstance(side, ObjectRows):
+            return {"keys": side.keys, "whole": side.whole}
+    return {}
 
 
 def _offers(live: _Live, op: Op, here: Region, there: Region | RemoteRegion) -> list[tuple[str, Offer]]:

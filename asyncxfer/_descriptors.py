@@ -24,7 +24,7 @@ from asyncxfer._fast.descriptors import Runs, Uint64s
 from asyncxfer._lattice import Index
 from asyncxfer._layout import Layout
 
-__all__ = ["DescriptorList", "Index", "Indexable", "Layout", "MemoryKind", "Rows"]
+__all__ = ["DescriptorList", "Index", "Indexable", "Layout", "MemoryKind", "Rows", "column"]
 
 Rows: TypeAlias = "DescriptorList | npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]]"
 """What ``region.rows`` takes: an (n, 2) or (n, 3) array, a sequence of tuples, or a list made earlier."""
@@ -39,6 +39,11 @@ class MemoryKind(enum.StrEnum):
     VRAM = "vram"
     FILE = "file"
     OBJECT = "object"
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is in storage: opened, not registered, and this agent's alone."""
+        return self in (MemoryKind.FILE, MemoryKind.OBJECT)
 
 
 class HasLayout(Protocol):
@@ -115,17 +120,21 @@ class DescriptorList:
         """
         return fast.to_rows(self.runs)
 
+    def _like(self, runs: Runs) -> DescriptorList:
+        """A list of some of the same bytes, in rows that lie inside the region already."""
+        return DescriptorList(self.region, runs)
+
     def sorted(self) -> DescriptorList:
         """The same rows in the order of their segment and offset."""
-        return DescriptorList(self.region, fast.sort(self.runs))
+        return self._like(fast.sort(self.runs))
 
     def merged(self) -> DescriptorList:
         """The same bytes in the same order, with rows that follow one another in list and memory made one."""
-        return DescriptorList(self.region, fast.merge(self.runs))
+        return self._like(fast.merge(self.runs))
 
     def folded(self) -> DescriptorList:
         """The same rows in the same order, with regular patterns held as one run."""
-        return DescriptorList(self.region, fast.fold(self.runs))
+        return self._like(fast.fold(self.runs))
 
     def split(self, size: int) -> DescriptorList:
         """The same bytes in the same order, in rows of at most `size` bytes.
@@ -141,7 +150,7 @@ class DescriptorList:
         """
         if size < 1:
             raise DescriptorError(f"rows cannot be split into pieces of {size} bytes; give a size of at least 1")
-        return DescriptorList(self.region, fast.split(self.runs, min(size, 2**63)))
+        return self._like(fast.split(self.runs, min(size, 2**63)))
 
     def select(self, indices: npt.ArrayLike) -> DescriptorList:
         """Some of the rows, in any order, as often as they are named.
@@ -162,7 +171,7 @@ class DescriptorList:
                 f"rows are selected by a flat array of integers, got {array.dtype} of shape {array.shape}"
             )
         try:
-            return DescriptorList(self.region, fast.select(self.runs, np.ascontiguousarray(array, dtype=np.int64)))
+            return self._like(fast.select(self.runs, np.ascontiguousarray(array, dtype=np.int64)))
         except IndexError as error:
             raise DescriptorError(str(error)) from error
 
@@ -171,6 +180,9 @@ class DescriptorList:
             return NotImplemented
         if other.region is not self.region:
             raise DescriptorError("only lists of the same region can be added; a transfer has one region a side")
+        return self._joined(other)
+
+    def _joined(self, other: DescriptorList) -> DescriptorList:
         return DescriptorList(self.region, np.concatenate((self.runs, other.runs)))
 
     def __eq__(self, other: object) -> bool:
@@ -215,8 +227,9 @@ class Indexable:
         return ByteRanges(self)
 
     def descriptors(
-        self, offsets: npt.ArrayLike, lengths: npt.ArrayLike, *, segments: npt.ArrayLike | None = None
-    ) -> DescriptorList:
+        self, offsets: npt.ArrayLike, lengths: npt.ArrayLike, *, segments: npt.ArrayLike | None = None,
+        keys: str | Sequence[str] | None = None,
+    ) -> DescriptorList:  # fmt: skip
         """Rows from columns.
 
         Parameters
@@ -227,16 +240,20 @@ class Indexable:
             One length for all, or one a row.
         segments : (n,) int or int, optional
             For a region that is a list of arrays: which of them. The first by default.
+        keys : sequence of str, or str, optional
+            For a region of objects, which needs it: one a row, or one for all.
 
         Raises
         ------
         DescriptorError
             A row is not inside the region, or the columns are not integers of one length.
         """
-        starts = _column(offsets, "offsets", None)
-        columns = [starts, _column(lengths, "lengths", len(starts))]
+        if keys is not None:
+            raise DescriptorError("keys= is for a region of objects; this one is indexed by offsets")
+        starts = column(offsets, "offsets", None)
+        columns = [starts, column(lengths, "lengths", len(starts))]
         if segments is not None:
-            columns.append(_column(segments, "segments", len(starts)))
+            columns.append(column(segments, "segments", len(starts)))
         return DescriptorList.build(self, fast.from_arrays(*columns))
 
     def rows(self, rows: Rows) -> DescriptorList:
@@ -299,7 +316,8 @@ def _integers(values: object, what: str) -> Uint64s:
     return np.asarray(array, order="C")
 
 
-def _column(values: npt.ArrayLike, what: str, size: int | None) -> Uint64s:
+def column(values: npt.ArrayLike, what: str, size: int | None) -> Uint64s:
+    """Integers as a column of a table of rows: (size,) uint64; one number stands for all where the size is known."""
     array = _integers(values, what)
     if array.ndim == 0 and size is not None:
         return np.full(size, array)

@@ -14,7 +14,10 @@
     └── TransferError                     a transfer that was posted and failed
         ├── PeerLostError (ConnectionError)
         ├── TransferTimeout (TimeoutError)
-        └── ChecksumError
+        ├── ChecksumError
+        └── ObjectError                   an object store refused, or did not do, what was asked
+            ├── ObjectMissingError (FileNotFoundError)
+            └── ObjectExistsError (FileExistsError)
 
 What a call can know is wrong is raised by the call; what happens later is raised by the await.
 This module imports nothing and knows no other part of the package.
@@ -33,6 +36,9 @@ __all__ = [
     "DescriptorError",
     "MetadataError",
     "NoRouteError",
+    "ObjectError",
+    "ObjectExistsError",
+    "ObjectMissingError",
     "PeerLostError",
     "RegistrationError",
     "TransferError",
@@ -114,3 +120,44 @@ class TransferTimeout(TransferError, TimeoutError):
 
 class ChecksumError(TransferError):
     """The bytes that arrived are not the bytes that were sent."""
+
+
+class ObjectError(TransferError):
+    """An object store refused, or did not do, what was asked.
+
+    Attributes
+    ----------
+    url : str
+        The object, such as ``s3://bucket/key``.
+    status : int
+        Of the answer; 0: there was none.
+    code : str
+        The store's own word for it, such as ``NoSuchKey``; empty where it gave none.
+    request_id : str
+        What the operator of the store can find the request by; empty where there is none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        url: str = "",
+        status: int = 0,
+        code: str = "",
+        request_id: str = "",
+        nbytes: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(message, nbytes=nbytes, backend=backend)
+        self.url = url
+        self.status = status
+        self.code = code
+        self.request_id = request_id
+
+
+class ObjectMissingError(ObjectError, FileNotFoundError):
+    """There is no such object, or no such bucket."""
+
+
+class ObjectExistsError(ObjectError, FileExistsError):
+    """There is an object already, and it was not to be replaced."""

@@ -20,15 +20,19 @@ from ._fast.posting import Usable
 from ._grants import Grants
 from ._memory import Access, Memory, describe
 from ._metadata import RegionInfo
+from ._object_rows import KeyIndexable
+from ._objects import Objects
+from ._stored import StoredObjects
+from .abc import ObjectRegistration, Registration
 
 if TYPE_CHECKING:
     import asyncio
 
     from ._peer import Peer
     from ._sharing import Allocation, Backings
-    from .abc import Registration, RemoteRegistration
+    from .abc import RemoteRegistration
 
-__all__ = ["Opening", "Region", "RemoteRegion"]
+__all__ = ["ObjectRegion", "Opening", "Region", "RemoteRegion"]
 
 
 class Keeper(Protocol):
@@ -48,7 +52,7 @@ class Keeper(Protocol):
 
 
 class Region(Indexable, Usable):
-    """Memory that this agent has registered, or a file that it has opened. Closing it takes it back from all peers.
+    """Memory that this agent has registered, or storage that it has opened. Closing it takes it back from all peers.
 
     Attributes
     ----------
@@ -109,9 +113,20 @@ class Region(Indexable, Usable):
         """
         if self._array is None:
             self.check_open()
-            made = "open" if self.kind is MemoryKind.FILE else "register"
+            made = "open" if self.kind.stored else "register"
             raise RegistrationError(f"region {self.name!r} was made by {made}(); only allocate() makes an array")
         return self._array
+
+    @property
+    def objects(self) -> StoredObjects:
+        """What can be asked of a region of objects: to list, head, delete and copy them.
+
+        Raises
+        ------
+        RegistrationError
+            It is memory, or a file.
+        """
+        raise RegistrationError(f"region {self.name!r} is {self.kind} memory; only what was opened in a store has that")
 
     def of(self, objects: object) -> DescriptorList:
         """Descriptors of arrays or tensors that lie in this region, in their order.
@@ -236,6 +251,49 @@ class Region(Indexable, Usable):
     def __repr__(self) -> str:
         closed = ", closed" if self.closed else ""
         return f"<Region {self.name!r}: {self.dtype} {self.shape}, {self.kind}, {self.access!r}{closed}>"
+
+
+class ObjectRegion(KeyIndexable, Region):
+    """Objects of a store, indexed by their keys."""
+
+    @property
+    def objects(self) -> StoredObjects:
+        """What can be asked of them without moving bytes."""
+        self.check_open()
+        asked = next(r for r in self.registrations.values() if isinstance(r, ObjectRegistration))
+        return StoredObjects(self, self._opened, asked)
+
+    @property
+    def _opened(self) -> Objects:
+        assert isinstance(self.memory.owner, Objects)
+        return self.memory.owner
+
+    def whole_key(self, key: str) -> str:
+        """The key in the bucket.
+
+        Raises
+        ------
+        DescriptorError
+            No store has such a key.
+        ClosedError
+            The region was closed.
+        """
+        self.check_open()
+        return self._opened.whole_key(key)
+
+    def of(self, objects: object) -> DescriptorList:
+        """Refused: no array lies in an object.
+
+        Raises
+        ------
+        DescriptorError
+            Always.
+        """
+        raise DescriptorError("no array lies in an object; index the region by key")
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self.closed else ""
+        return f"<Region {self.name!r}: {self.name if self.closed else self._opened.url}, {self.kind}{closed}>"
 
 
 class Opening(Awaitable[Region]):

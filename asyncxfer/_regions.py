@@ -20,18 +20,23 @@ import numpy.typing as npt
 from ._config import Config
 from ._control import Acceptor, Incoming
 from ._descriptors import MemoryKind
-from ._errors import RegistrationError, TransferError
+from ._errors import ConfigError, RegistrationError, TransferError
 from ._fast.link import SLOTS
 from ._files import File, FileMode, open_file
 from ._grants import Granted, Grants
 from ._memory import Access, Memory, describe
-from ._region import Region
+from ._objects import Objects, open_objects, scheme_of
+from ._region import ObjectRegion, Region
 from ._sharing import Allocation, Backings, Place, allocate, backings_of
 from ._transfer import Flights
 from .abc import Backend, Registration
 
 __all__ = ["Regions"]
 
+_OPTIONS = {
+    MemoryKind.FILE: {"size", "shape", "dtype", "direct", "durability"},
+    MemoryKind.OBJECT: {"exists", "options"},
+}
 _SMALL = 2 << 20  # bytes of memory that are made at once; more takes the kernel a while
 
 
@@ -116,20 +121,32 @@ class Regions:
         self._acceptor.open(region)
         return region
 
-    async def open(self, url: str | os.PathLike[str], mode: FileMode, name: str | None, **options: Any) -> Region:
-        """Make a region of a file, as `Agent.open` says. Peers are not shown it, and it takes no slot."""
+    async def open(
+        self, url: str | os.PathLike[str], mode: FileMode, name: str | None, options: Mapping[str, Any]
+    ) -> Region:
+        """Make a region of a file or of objects, as `Agent.open` says. Peers are not shown it, and it takes no slot."""
         self._flights.check_open()
-        self._check_room(name, MemoryKind.FILE)  # before anything is done to the file
-        refused = self._strangers(MemoryKind.FILE)
+        kind = MemoryKind.FILE if scheme_of(url) in ("", "file") else MemoryKind.OBJECT
+        given = {option: value for option, value in options.items() if value is not None}
+        for option in sorted(set(given) - _OPTIONS[kind]):
+            raise ConfigError(f"{os.fspath(url)!r}: {option}= is not for {kind}s")
+        self._check_room(name, kind)  # before anything is done to the file
+        refused = self._strangers(kind)
+        what = f"objects such as {os.fspath(url)}" if kind is MemoryKind.OBJECT else f"this {kind} memory"
         if len(refused) == len(self._backends):
-            raise self._useless(MemoryKind.FILE, refused)
-        memory: Memory = await self._in_thread(partial(open_file, url, mode, **options))
+            raise self._useless(what, refused)
+        memory: Memory
+        if kind is MemoryKind.OBJECT:
+            memory = open_objects(os.fsdecode(url), mode, **given)
+        else:
+            memory = await self._in_thread(partial(open_file, url, mode, **given))
         access: Access = "r" if memory.readonly else "rw"
         try:
             self._flights.check_open()
             return await self._make(memory, name, access, Grants({}, access, readonly=memory.readonly), None)
         except BaseException:
-            _file_of(memory).close()
+            if kind is MemoryKind.FILE:
+                _file_of(memory).close()
             raise
 
     async def _make(
@@ -153,7 +170,7 @@ class Regions:
         name = self._name(name)
         if name in self._regions:
             raise RegistrationError(f"agent {self._agent!r} has a region {name!r} already; names are unique")
-        if kind is not MemoryKind.FILE and not self._free_slots and self._slots >= SLOTS:
+        if not kind.stored and not self._free_slots and self._slots >= SLOTS:
             raise RegistrationError(f"agent {self._agent!r} has {SLOTS:,} regions, the most there are; register lists")
 
     def _name(self, name: str | None) -> str:
@@ -166,7 +183,7 @@ class Regions:
             if backend.name in refused:
                 continue
             try:
-                if not backend.pins:
+                if memory.kind not in backend.pins:
                     registrations[backend.name] = backend.register(memory)
                     continue
                 async with self._pinning:
@@ -174,7 +191,8 @@ class Regions:
             except RegistrationError as error:
                 refused[backend.name] = str(error)
         if not registrations:
-            raise self._useless(memory.kind, refused)
+            what = memory.owner.url if isinstance(memory.owner, Objects) else f"this {memory.kind} memory"
+            raise self._useless(what, refused)
         return refused
 
     def _strangers(self, kind: MemoryKind) -> dict[str, str]:
@@ -182,16 +200,16 @@ class Regions:
         able = {name for name, b in self._backends.items() if any(kind in pair for pair in b.capabilities.kinds)}
         return {name: f"does not move {kind}" for name in self._backends if name not in able}
 
-    def _useless(self, kind: MemoryKind, refused: dict[str, str]) -> RegistrationError:
+    def _useless(self, what: str, refused: dict[str, str]) -> RegistrationError:
         reasons = "; ".join(f"{name}: {why}" for name, why in (dict(self._refused) | refused).items())
-        return RegistrationError(f"no backend can use this {kind} memory ({reasons})")
+        return RegistrationError(f"no backend can use {what} ({reasons})")
 
     async def _withdraw(self, registrations: dict[str, Registration]) -> None:
         """Undo what `_show` did."""
         while registrations:
             name, registration = registrations.popitem()
             backend = self._backends[name]
-            if not backend.pins:
+            if registration.memory.kind not in backend.pins:
                 backend.deregister(registration)
                 continue
             async with self._pinning:
@@ -216,9 +234,10 @@ class Regions:
     ) -> Region:  # fmt: skip
         """Give memory that has been shown to the backends a number, a name and a slot."""
         number, name = self._count + 1, self._name(name)
-        slot = -1 if memory.kind is MemoryKind.FILE else self._take_slot()
+        slot = -1 if memory.kind.stored else self._take_slot()
         self._count = number
-        region = Region(
+        kind = ObjectRegion if memory.kind is MemoryKind.OBJECT else Region
+        region = kind(
             name, memory, id=number, slot=slot, epoch=number, access=access, grants=grants, keeper=self, array=array
         )
         region.registrations = registrations
@@ -266,7 +285,7 @@ class Regions:
             return ", ".join(repr(incoming.name) for incoming in late)
         if region.kind is MemoryKind.FILE:
             await self._close_file(_file_of(memory))
-        else:
+        elif region.slot >= 0:
             self._free_slots.append(region.slot)
         return ""
 
@@ -299,9 +318,9 @@ class Regions:
 
     def grant(self, region: Region, peer: str, access: Access) -> None:
         """Let a peer use a region, as `Region.grant` says."""
-        if region.kind is MemoryKind.FILE:
+        if region.kind.stored:
             raise RegistrationError(
-                f"region {region.name!r} is a file, which peers do not reach; they open it themselves"
+                f"region {region.name!r} is {region.kind} storage, which peers do not reach; they open it themselves"
             )
         region.grants.grant(peer, access)
         self._acceptor.renew(region, peer)

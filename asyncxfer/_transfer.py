@@ -214,9 +214,9 @@ class Transfer(Posting):
                 with contextlib.suppress(RuntimeError):  # that loop has been closed: nobody waits there any more
                     loop.call_soon_threadsafe(_resolve, waiter)
 
-    def post(self, stopper: Callable[[], object] | None = None) -> None:
+    def post(self, stopper: Callable[[], object] | None = None, chunks: int = 0) -> None:
         """Say that it is in flight by a backend that does not watch time limits: from now on the agent's loop does."""
-        super().post(stopper)
+        super().post(stopper, chunks)
         if self.remaining is not None:
             self.flights.loop.call_soon_threadsafe(self._watch_time)
 

@@ -25,9 +25,10 @@ from ._errors import BackendError, RegistrationError
 from ._fast.completion import Completion
 from ._files import File
 from ._memory import Memory, Segment
+from ._objects import Exists, ObjectInfo, Objects
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from ._config import Config
     from ._fast.link import GatePage, Link
@@ -40,10 +41,14 @@ __all__ = [
     "Completion",
     "Cost",
     "Endpoint",
+    "Exists",
     "File",
     "Layout",
     "Memory",
     "MemoryKind",
+    "ObjectInfo",
+    "ObjectRegistration",
+    "Objects",
     "Offer",
     "Op",
     "PeerInfo",
@@ -190,6 +195,33 @@ class Registration:
         return np.array([s.address for s in self.memory.segments], dtype=np.uint64)
 
 
+class ObjectRegistration(Registration, abc.ABC):
+    """Objects of a store, by which a backend is asked for what moves no bytes. Keys are whole keys of the bucket."""
+
+    __slots__ = ()
+
+    @abc.abstractmethod
+    async def head(self, key: str) -> ObjectInfo:
+        """Tell what the store knows of an object.
+
+        Raises
+        ------
+        ObjectMissingError, ObjectError
+        """
+
+    @abc.abstractmethod
+    def list(self, prefix: str, *, after: str = "") -> AsyncIterator[ObjectInfo]:
+        """Yield objects in the order of their keys, those behind `after`."""
+
+    @abc.abstractmethod
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects, whether they are there or not."""
+
+    @abc.abstractmethod
+    async def copy(self, source: str, target: str) -> None:
+        """Copy an object within the store."""
+
+
 @dataclass(slots=True, eq=False)
 class RemoteRegistration:
     """A peer's region as one backend reaches it; backends subclass it to keep what they need.
@@ -259,6 +291,11 @@ class Request:
         The latter when both sides belong to this agent.
     pairs : (n,) PAIR
         Matched rows in stream order, offsets relative to segments.
+    keys : tuple of str
+        Where one side is objects: what stands for segments there.
+    whole : bool
+        Where one side is objects: each of them is to have just the bytes of its rows. Without any bytes, it is about
+        all of `keys`, which are to be empty.
     nbytes, rows : int
     endpoint : Endpoint or None
     link, slot, epoch
@@ -281,6 +318,8 @@ class Request:
     slot: int = 0
     epoch: int = 0
     checksum: bool = False
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    whole: bool = False
     keep: tuple[object, ...] = field(default=(), repr=False)
 
 
@@ -344,9 +383,9 @@ class Backend(abc.ABC):
     """Whether it can verify the bytes at their destination."""
     joins: ClassVar[bool] = False
     """Whether `serve` is called as soon as an initiator has joined, not only with its first connection."""
-    pins: ClassVar[bool] = False
-    """Whether `register` and `deregister` may take long, as where memory is pinned for a device: they are called in a
-    thread then, one at a time."""
+    pins: ClassVar[frozenset[MemoryKind]] = frozenset()
+    """Kinds of memory for which `register` and `deregister` may take long, as where it is pinned for a device: they are
+    called in a thread then, one at a time."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -127,7 +127,9 @@ async def test_a_file_is_indexed_like_an_array(tmp_path: Path, dtype: Any, name:
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"url": "s3://bucket/key"}, ConfigError, r"nothing here opens s3://"),
+    ({"url": "nothing://bucket/key"}, RegistrationError, r"no backend .* nothing://"),
+    ({"url": "nothing://bucket/key", "shape": 3}, ConfigError, r"shape= is not for objects"),
+    ({"options": {"endpoint_url": "here"}}, ConfigError, r"options= is not for files"),
     ({"url": "file://another-host/data"}, ConfigError, "no file of this host"),
     ({"url": "file:///data?x=1"}, ConfigError, "no file of this host"),
     ({"url": ""}, ConfigError, "names no file"),
@@ -216,7 +218,7 @@ async def test_peers_are_not_shown_files(tmp_path: Path) -> None:
         async with b.open(tmp_path / "after", "w", name="after", size=10) as file:
             await peer.region("memory", timeout=30)
             assert list(peer.regions) == ["memory"]
-            with pytest.raises(RegistrationError, match="'after' is a file, which peers do not reach"):
+            with pytest.raises(RegistrationError, match="'after' is file storage, which peers do not reach"):
                 file.grant("a", "r")
             await file.revoke("a")  # it has nothing
 

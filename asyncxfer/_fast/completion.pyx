@@ -11,8 +11,8 @@ so that many completions cost one wake-up. It knows nothing of futures; draining
 
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EAGAIN, ENOBUFS
-from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from posix.unistd cimport close, read, write
 
 from asyncxfer._fast.link cimport Link
@@ -383,14 +383,24 @@ cdef class Completion:
         """Seconds that are left of its time limit; None where it has none."""
         return max(self.op.deadline - axf_now(), 0) / 1e9 if self.op.deadline else None
 
-    def post(self, stopper=None) -> None:
-        """Say that the transfer is in flight; `stopper()` is called, from any thread, when it should end early."""
+    def post(self, stopper=None, uint32_t chunks=0) -> None:
+        """Say that the transfer is in flight; `stopper()` is called, from any thread, when it should end early.
+
+        `chunks` is how many numbers `advance` will name: as many as `ends` of what was prepared has.
+        """
         self._stopper = stopper
+        if chunks:
+            self.op.marks = <unsigned char*>calloc(chunks, 1)
+            if self.op.marks == NULL:
+                raise MemoryError
+            self.op.chunks = chunks
         self.hold()
 
-    def advance(self, uint64_t nbytes) -> None:
-        """Add to the bytes moved so far."""
+    def advance(self, uint64_t nbytes, int64_t chunk=-1) -> None:
+        """Add to the bytes moved so far; with `chunk`, all of that one are."""
         axf_add64(&self.op.moved, nbytes)
+        if 0 <= chunk < self.op.chunks:
+            self.op.marks[chunk] = 1
         op_progress(&self.op)
 
     def end_now(self) -> None:

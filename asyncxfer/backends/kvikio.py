@@ -348,7 +348,8 @@ class KvikioBackend(Backend):
         Reach.PROCESS,
         frozenset(pair for kind in _KINDS for pair in ((kind, MemoryKind.FILE), (MemoryKind.FILE, kind))),
     )
-    pins: ClassVar[bool] = True  # closing a file may take long, as may taking it from the GPU's driver
+    # Closing a file may take long, as may taking it from the GPU's driver.
+    pins: ClassVar[frozenset[MemoryKind]] = frozenset(MemoryKind)
 
     @classmethod
     def examine(cls, config: Config) -> str:

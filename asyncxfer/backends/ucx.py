@@ -399,7 +399,7 @@ class UcxBackend(Backend):
     )
     carries_notes: ClassVar[bool] = True
     joins: ClassVar[bool] = True
-    pins: ClassVar[bool] = True
+    pins: ClassVar[frozenset[MemoryKind]] = frozenset(MemoryKind)
 
     @classmethod
     def examine(cls, config: Config) -> str:

@@ -1,7 +1,7 @@
 """What authors of backends test theirs with: the contract suite, and a peer in a second process.
 
-``BackendContract`` is a class of pytest tests that an implementation subclasses and thereby passes or fails, and
-``FileContract`` one for backends that move to and from files; they need
+``BackendContract`` is a class of pytest tests that an implementation subclasses and thereby passes or fails,
+``FileContract`` one for backends that move to and from files, ``ObjectContract`` for objects of a store; they need
 pytest and pytest-asyncio, which are looked for when it is asked for and not before. ``PeerProcess`` and ``AgentTarget``
 need nothing but asyncxfer. Nothing here knows any backend.
 """
@@ -17,16 +17,18 @@ from ._target import AgentTarget, Target
 if TYPE_CHECKING:
     from ._contract import BackendContract
     from ._files import FileContract, FileTarget
+    from ._objects import ObjectContract, ObjectTarget
     from ._stage import Selection, Sides, Stage
 
 __all__ = [
-    "AgentTarget", "BackendContract", "FileContract", "FileTarget", "PeerProcess", "Selection", "Sides", "Stage",
-    "Target",
+    "AgentTarget", "BackendContract", "FileContract", "FileTarget", "ObjectContract", "ObjectTarget", "PeerProcess",
+    "Selection", "Sides", "Stage", "Target",
 ]  # fmt: skip
 
-_SUITE = ("_stage", "_moving", "_telling", "_ending", "_contract", "_files")
+_SUITE = ("_stage", "_moving", "_telling", "_ending", "_contract", "_files", "_objects")
 _HOMES = {
     "BackendContract": "_contract", "FileContract": "_files", "FileTarget": "_files",
+    "ObjectContract": "_objects", "ObjectTarget": "_objects",
     "Selection": "_stage", "Sides": "_stage", "Stage": "_stage",
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
 __all__ = ["Ending"]
-
-_NBYTES = 16 << 20
 
 
 def _queue(stage: Stage, sides: Sides, op: Op, count: int = 24) -> list[Transfer]:
@@ -53,6 +51,9 @@ async def _until(condition: Callable[[], bool]) -> None:
 class Ending:
     """Transfers end, and nothing moves afterwards."""
 
+    large: ClassVar[int] = 16 << 20
+    """Bytes of a transfer that takes a while."""
+
     if TYPE_CHECKING:
 
         def stage(self) -> AbstractAsyncContextManager[Stage]:
@@ -65,7 +66,7 @@ class Ending:
     async def test_a_cancelled_transfer_ends_quiescent(self, op: Op) -> None:
         self.need("cancel")
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             *others, last = _queue(stage, sides, op)
             assert last.cancel()
             assert not last.cancel()
@@ -85,7 +86,7 @@ class Ending:
     async def test_a_cancelled_task_ends_its_transfer_first(self) -> None:
         self.need("cancel")
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             *others, last = _queue(stage, sides, "put")
             task = asyncio.ensure_future(_outcomes([last]))
             await asyncio.sleep(0)
@@ -98,7 +99,7 @@ class Ending:
     async def test_asyncio_timeout_ends_a_transfer(self) -> None:
         self.need("cancel")
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             *others, last = _queue(stage, sides, "put")
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0):
@@ -110,22 +111,22 @@ class Ending:
     async def test_a_transfer_out_of_time_says_so(self, op: Op) -> None:
         self.need("timeout")
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             others = _queue(stage, sides, op)
             last = stage.post(op, sides.region[:], sides.remote[:], timeout=1e-6)
             with pytest.raises(TransferTimeout, match="timeout") as caught:
                 await last
             assert caught.value.backend == stage.route.partition(":")[0]
-            assert 0 <= caught.value.nbytes < _NBYTES
+            assert 0 <= caught.value.nbytes < self.large
             assert all(isinstance(outcome, Done) for outcome in await _outcomes(others))
             assert stage.counted[op]["failed"] == 1
 
     @both_ways
     async def test_a_transfer_in_time_is_done(self, op: Op) -> None:
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             done = await stage.post(op, sides.region[:], sides.remote[:], timeout=60)
-            assert done.nbytes == _NBYTES
+            assert done.nbytes == self.large
 
     @both_ways
     async def test_what_the_peer_does_not_grant_is_refused(self, op: Op) -> None:
@@ -151,7 +152,7 @@ class Ending:
     @both_ways
     async def test_a_region_closes_when_its_transfers_have_ended(self, op: Op) -> None:
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             posted = _queue(stage, sides, op)
             plan = posted[0].plan
             await sides.region.aclose()
@@ -166,7 +167,7 @@ class Ending:
     async def test_the_peer_closes_a_region_under_transfers(self, op: Op) -> None:
         self.need("revoke")
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             posted = _queue(stage, sides, op)
             await stage.target.close(sides.remote.name)
             there = await sides.there()
@@ -180,7 +181,7 @@ class Ending:
     async def test_leaving_the_peer_ends_what_is_in_flight(self) -> None:
         self.need("leave")
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             posted = _queue(stage, sides, "put")
             await stage.peer.aclose()
             assert all(transfer.done() for transfer in posted)
@@ -194,7 +195,7 @@ class Ending:
     async def test_the_peer_leaves_under_transfers(self) -> None:
         self.need("revoke")
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             posted = _queue(stage, sides, "put")
             await stage.target.leave()
             for outcome in await _outcomes(posted):
@@ -206,7 +207,7 @@ class Ending:
 
     async def test_closing_the_agent_ends_what_is_in_flight(self) -> None:
         async with self.stage() as stage:
-            sides = await stage.open((_NBYTES,))
+            sides = await stage.open((self.large,))
             posted = _queue(stage, sides, "put")
             await stage.agent.aclose()
             assert all(transfer.done() for transfer in posted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +23,9 @@ both_ways = pytest.mark.parametrize("op", ["put", "get"])
 class Moving:
     """Bytes arrive."""
 
+    many: ClassVar[int] = 4000
+    """Rows of a transfer of many."""
+
     if TYPE_CHECKING:
 
         def stage(self) -> AbstractAsyncContextManager[Stage]:
@@ -41,11 +44,11 @@ class Moving:
     @both_ways
     async def test_many_scattered_rows(self, op: Op) -> None:
         async with self.stage() as stage:
-            sides = await stage.open((4000, 48))
-            random = np.random.default_rng(1)
-            here, there = random.permutation(4000)[:3000], random.permutation(4000)[:3000]
+            sides = await stage.open((self.many, 48))
+            random, some = np.random.default_rng(1), self.many * 3 // 4
+            here, there = random.permutation(self.many)[:some], random.permutation(self.many)[:some]
             local, remote = Selection.by_key(sides.region, here), Selection.by_key(sides.remote, there)
-            assert (await stage.moves(sides, op, local, remote)).descriptors == 3000
+            assert (await stage.moves(sides, op, local, remote)).descriptors == some
 
     @both_ways
     async def test_strided_on_one_side_and_on_both(self, op: Op) -> None:
