@@ -3,12 +3,14 @@
 # PYTHON   the interpreter that the environment is made with   (make test PYTHON=python3.13)
 # VENV     where the environment lives                         (make test VENV=.venv-3.13)
 # ARGS     passed on to what runs                              (make test ARGS="-k shm -x")
+# WORKERS  processes that share the tests; 0 for none but pytest (make test WORKERS=0 ARGS="--pdb")
 # LIBUCX   the version that `make test-ucx` tests with
 # KVIKIO   the version that is tested
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 3
 LIBUCX ?= 1.22.0
 KVIKIO ?= 26.10.*
 
@@ -30,7 +32,7 @@ demo: $(STAMPS)/native  ## move a paged KV cache from a prefill process to a dec
 	$(PY) examples/kv_handoff.py $(ARGS)
 
 test: $(STAMPS)/test $(STAMPS)/kvikio $(STAMPS)/native  ## the whole suite, with coverage of the Python
-	$(PY) -m pytest --cov --cov-report=term $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term $(ARGS)
 
 test-ucx: $(STAMPS)/test $(STAMPS)/native  ## every combination over UCX, with another version of it: make test-ucx LIBUCX=1.22.0
 	$(PIP) --upgrade --no-deps --target $(VENV)/libucx-$(LIBUCX) libucx-cu12==$(LIBUCX)

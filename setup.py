@@ -13,6 +13,8 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 FAST = Path("asyncxfer/_fast")
@@ -37,8 +39,20 @@ def extension(source: Path) -> Extension:
     )
 
 
+class BuildExt(build_ext):
+    """Compiles for an editable install where `build_ext --inplace` does, which then finds it and compiles nothing."""
+
+    def finalize_options(self) -> None:
+        if self.editable_mode:  # setuptools would throw away what it compiles once it has been copied into place
+            usual = build(self.distribution)
+            usual.ensure_finalized()
+            self.build_lib = usual.build_platlib
+        super().finalize_options()
+
+
 os.chdir(HERE)
 setup(
+    cmdclass={"build_ext": BuildExt},
     ext_modules=cythonize(
         [extension(source) for source in sorted(FAST.glob("*.pyx"))],
         build_dir="build/cython",  # generated C stays out of the source tree and out of the wheel

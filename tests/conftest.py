@@ -143,7 +143,7 @@ class Snapshot:
         """Describe what is here that was not there before."""
         kinds = [kind for kind in ("fds", "threads", "maps", "children", "live") if kind not in excused]
         return [
-            f"{kind}: {count} x {entry}"
+            f"{kind}: {count} x {_named(entry) if kind == 'threads' else entry}"
             for kind in kinds
             for entry, count in (getattr(self, kind) - getattr(before, kind)).items()
         ]
@@ -164,13 +164,15 @@ def _fds() -> collections.Counter[str]:
 
 
 def _threads() -> collections.Counter[str]:
-    found: collections.Counter[str] = collections.Counter()
-    for tid in os.listdir("/proc/self/task"):
-        try:
-            found[f"{tid} ({Path(f'/proc/self/task/{tid}/comm').read_text().strip()})"] += 1
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
+    """Count by number alone: a thread gives itself its name some time after it has begun."""
+    return collections.Counter(os.listdir("/proc/self/task"))
+
+
+def _named(thread: str) -> str:
+    try:
+        return f"{thread} ({Path(f'/proc/self/task/{thread}/comm').read_text().strip()})"
+    except (FileNotFoundError, ProcessLookupError):
+        return thread
 
 
 def _shared_mappings() -> collections.Counter[str]:

@@ -221,7 +221,7 @@ def test_idle_mode(over: str) -> None:
     assert [(result["system"], result["peers"]) for result in results] == [("asyncxfer", 0), ("asyncxfer", 7)]
     for result in results:
         assert result["seconds"] == 0.5
-        assert (result["initiators"] > 0) == (result["peers"] > 0)
+        assert result["initiators"] >= 0 if result["peers"] else result["initiators"] == 0
         assert 0 <= result["target_share"] <= 1
 
 
@@ -534,11 +534,13 @@ def test_a_link_leaves_nothing_and_removes_what_the_dead_left() -> None:
         pytest.skip(reason)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    subprocess.run(["ip", "netns", "add", f"asyncxfer-bench-{dead.pid}-target"], check=True)
+    left = f"asyncxfer-bench-{dead.pid}-target"
+    subprocess.run(["ip", "netns", "add", left], check=True)
     with _place.veth(1500) as made:
-        shown = [name for name in os.listdir("/run/netns") if name.startswith("asyncxfer-bench-")]
+        assert left not in os.listdir("/run/netns")
+        shown = [name for name in os.listdir("/run/netns") if name.startswith(f"asyncxfer-bench-{os.getpid()}-")]
         assert sorted(shown) == sorted({made.initiator.prefix[-1], made.target.prefix[-1]})
-    assert not [name for name in os.listdir("/run/netns") if name.startswith(f"asyncxfer-bench-{os.getpid()}")]
+    assert not [name for name in os.listdir("/run/netns") if name.startswith(f"asyncxfer-bench-{os.getpid()}-")]
 
 
 @pytest.mark.parametrize("options", [["--tls"], ["--link", "veth"]])
@@ -589,8 +591,10 @@ async def fail_a_worker() -> None:
     options = {"uvloop": False, "over": "host", "certificates": None, "checksum": False}
     worker = await _pair.Worker.start("asyncxfer", "initiator", options)
     try:
+        before = worker.cpu_seconds()
         with pytest.raises(_pair.BenchError, match="'dance' is unknown"):
             await worker.ask("dance")
+        assert worker.cpu_seconds() > before
         case = Case(Shape(1, 8), "mapped", "put", 0).to_message()
         with pytest.raises(_pair.BenchError, match="no answer to 'idle' in 0 s"):
             await worker.ask("idle", within=0.01, case=case, seconds=0.2)

@@ -100,6 +100,18 @@ async def test_opening_can_be_cancelled_while_it_heals(bench: Bench, turns: int)
         assert await bench.get(store, [1, 2, 3]) == versions(2, 3)
 
 
+async def test_closing_can_be_cancelled_and_is_done_first(bench: Bench) -> None:
+    store = await bench.open()
+    await bench.put(store, versions(1, 2, 3))
+    closing = asyncio.ensure_future(store.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    async with bench.open() as store:
+        assert await bench.get(store, [1, 2, 3]) == versions(1, 2, 3)
+
+
 async def test_calls_that_run_out_of_time_leave_no_block_behind(bench: Bench) -> None:
     """Whatever they were at: afterwards the whole budget can be put again, and all of it is got."""
     async with bench.open(budget=32 * BLOCK, slab_bytes=5 * BLOCK, durability="data") as store:

@@ -184,6 +184,8 @@ class Store:
     async def aclose(self) -> None:
         """Let what is in flight end, write down what was used when, and close the files. Again does nothing.
 
+        Who is cancelled meanwhile is told so when it is done, so that the store can be opened again at once.
+
         Raises
         ------
         StoreError
@@ -192,7 +194,7 @@ class Store:
         if self._ending is None:
             self._closed = True
             self._ending = asyncio.ensure_future(self._end())
-        await asyncio.shield(self._ending)
+        await _to_the_end(self._ending)
 
     async def _end(self) -> None:
         await self._operations.ended()
