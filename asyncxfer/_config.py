@@ -181,6 +181,21 @@ class Config:
         Who drives UCX: the agent's event loop, or a thread beside it.
     ucx_keepalive : float, seconds
         How often UCX asks whether a peer still lives.
+    object_timeout : float, seconds
+        Longest that a request to an object store takes when no call gives a timeout: all attempts together.
+    object_attempt_timeout : float, seconds
+        An attempt that has not moved a byte for so long is given up; all of it may take that long besides the time that
+        its bytes take at `object_floor_rate`.
+    object_floor_rate : int, bytes per second
+        How fast the bytes of an attempt have to move.
+    object_attempts : int, attempts
+        How often a request to an object store is made at most.
+    object_concurrency : int, requests
+        Requests under way in one bucket at most; fewer while the store says that it is asked too much.
+    object_part_bytes : int, bytes
+        Size of the parts of multipart uploads and of parallel downloads.
+    object_hedge : float or None, seconds
+        A second request for a small object when the first has not answered by then. None: never.
 
     Raises
     ------
@@ -213,6 +228,13 @@ class Config:
     ucx_workers: Annotated[int, _Range(1, 16, "workers")] = 1
     ucx_progress: Literal["loop", "thread"] = "loop"
     ucx_keepalive: Annotated[float, _Range(0.1, 3600.0, "seconds")] = 1.0
+    object_timeout: Annotated[float, _Range(0.001, 86400.0, "seconds")] = 60.0
+    object_attempt_timeout: Annotated[float, _Range(0.001, 3600.0, "seconds")] = 10.0
+    object_floor_rate: Annotated[int, _Range(_KIB, _TIB, "bytes per second")] = _MIB
+    object_attempts: Annotated[int, _Range(1, 100, "attempts")] = 5
+    object_concurrency: Annotated[int, _Range(1, 4096, "requests")] = 64
+    object_part_bytes: Annotated[int, _Range(5 * _MIB, 5 * _GIB, "bytes")] = 8 * _MIB
+    object_hedge: Annotated[float | None, _Range(0.0, 3600.0, "seconds")] = None
 
     def __post_init__(self) -> None:
         for name, key in _KEYS.items():

@@ -15,7 +15,7 @@
         ├── PeerLostError (ConnectionError)
         ├── TransferTimeout (TimeoutError)
         ├── ChecksumError
-        └── ObjectError                   an object store refused, or did not do, what was asked
+        └── ObjectError                   an object store that refused, or did not do it; see ``code``
             ├── ObjectMissingError (FileNotFoundError)
             └── ObjectExistsError (FileExistsError)
 
@@ -132,9 +132,9 @@ class ObjectError(TransferError):
     status : int
         Of the answer; 0: there was none.
     code : str
-        The store's own word for it, such as ``NoSuchKey``; empty where it gave none.
+        The store's own word, such as ``NoSuchKey``.
     request_id : str
-        What the operator of the store can find the request by; empty where there is none.
+        By which the store finds the request.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class ObjectError(TransferError):
 
 
 class ObjectMissingError(ObjectError, FileNotFoundError):
-    """There is no such object, or no such bucket."""
+    """There is no object of this key."""
 
 
 class ObjectExistsError(ObjectError, FileExistsError):
-    """There is an object already, and it was not to be replaced."""
+    """There is an object of this key, where there was to be none."""

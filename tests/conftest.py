@@ -49,6 +49,8 @@ MAY_BLOCK: tuple[tuple[str, frozenset[str]], ...] = (
     ("asyncxfer/_credentials.py", frozenset({"__init__", "read", "_derived", "_as_file"})),
     # Which UCX is in this process: /proc again, once an agent.
     ("asyncxfer/backends/_ucx_library.py", frozenset({"load", "_the_only_one"})),
+    # The SDK is asked in a thread, on a loop that ends with the question and that carries nothing else.
+    ("asyncxfer/backends/_s3_sdk.py", frozenset({"place", "warm_session", "load", "ask"})),
     # What measures us has a lock of its own, which another thread under measurement may hold for a moment.
     ("coverage/collector.py", frozenset({"lock_data"})),
 )

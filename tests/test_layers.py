@@ -34,9 +34,10 @@ RULES = {
     "asyncxfer/backends": Rule(
         frozenset({"asyncxfer.abc", "asyncxfer._errors", "asyncxfer._config"})
         | {
-            f"asyncxfer.backends.{part}" for part in ("_engine", "_ranges", "_ucx_library", "_alias", "_kvikio_library")
+            f"asyncxfer.backends.{part}"
+            for part in ("_engine", "_ranges", "_ucx_library", "_alias", "_kvikio_library", "_s3_sdk")
         },
-        frozenset({"asyncxfer._fast"}),
+        frozenset({"asyncxfer._fast", "asyncxfer.backends._object"}),
     ),
     "asyncxfer/bench": Rule(frozenset({"asyncxfer"}), frozenset({"asyncxfer.bench"})),
     # The public names, and its own native index.

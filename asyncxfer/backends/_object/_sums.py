@@ -1,0 +1,60 @@
+"""Checksums of bodies in pieces, a bounded time a turn of the loop, and what they look like in headers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+
+from ..._fast.crc32c import crc32c
+from ..._fast.crc64 import crc64nvme
+
+__all__ = ["AT_ONCE", "as_header", "crc32c_of", "crc64_of", "crc64_of_small", "from_header"]
+
+#: Bytes that are summed in one turn: a quarter of a millisecond where they come from memory.
+AT_ONCE = 1 << 20
+
+
+def crc64_of_small(views: Sequence[memoryview]) -> int:
+    """CRC64NVME of what has no more than `AT_ONCE` bytes."""
+    crc = 0
+    for view in views:
+        crc = crc64nvme(view, crc)
+    return crc
+
+
+async def crc64_of(views: Sequence[memoryview]) -> int:
+    """CRC64NVME of bytes that stay as they are meanwhile."""
+    return await _summed(crc64nvme, views)
+
+
+async def crc32c_of(views: Sequence[memoryview]) -> int:
+    """CRC32C of bytes that stay as they are meanwhile."""
+    return await _summed(crc32c, views)
+
+
+async def _summed(sum_: Callable[[memoryview, int], int], views: Sequence[memoryview]) -> int:
+    crc, done = 0, 0
+    for view in views:
+        for at in range(0, view.nbytes, AT_ONCE):
+            piece = view[at : at + AT_ONCE]
+            done += piece.nbytes
+            if done > AT_ONCE:
+                await asyncio.sleep(0)
+                done = piece.nbytes
+            crc = sum_(piece, crc)
+    return crc
+
+
+def as_header(crc: int, nbytes: int = 8) -> bytes:
+    """Give a checksum of so many bytes as headers have it."""
+    return base64.b64encode(crc.to_bytes(nbytes, "big"))
+
+
+def from_header(text: bytes) -> int | None:
+    """Give the checksum that a header has; None where it has none."""
+    try:
+        return int.from_bytes(base64.b64decode(text, validate=True), "big") if text else None
+    except binascii.Error:
+        return None
