@@ -12,6 +12,7 @@ others grow old and are closed.
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from collections import deque
 from collections.abc import Iterable
@@ -48,6 +49,7 @@ __all__ = [
     "UntrustedError",
 ]
 
+_TICK = 0.002  # seconds; by how much a timer may be early
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -138,6 +140,7 @@ class Pool:
         into: Iterable[memoryview] | None = None,
         most: int = 8 << 20,
         deadline: float,
+        patience: float = math.inf,
     ) -> Answer:
         """Send a request and receive the answer.
 
@@ -157,13 +160,15 @@ class Pool:
             How long the body of a success may be that is given as bytes.
         deadline : float, seconds
             By the loop's clock, for all of it.
+        patience : float, seconds
+            How long nothing may move; it can take twice that to be noticed.
 
         Raises
         ------
         BrokenError, UntrustedError
             There is no connection, or it ended or broke.
         LateError
-            The deadline passed, or no connection was made in time.
+            The deadline passed, or nothing moved, or no connection was made in time.
         MalformedError
             What came is not HTTP/1.1.
         LengthError
@@ -186,7 +191,8 @@ class Pool:
             most,
             self._loop.create_future(),
         )
-        exchange.timer = self._loop.call_at(deadline, self._late, exchange)
+        until = deadline if patience == math.inf else min(deadline, self._loop.time() + patience)
+        exchange.timer = self._loop.call_at(until, self._late, exchange, deadline, patience)
         self._submit(exchange)
         try:
             return await exchange.future
@@ -276,8 +282,16 @@ class Pool:
 
     # -- how a request ends early
 
-    def _late(self, exchange: Exchange) -> None:
-        exchange.fail(exchange.error(LateError, "the deadline passed"))
+    def _late(self, exchange: Exchange, deadline: float, patience: float) -> None:
+        now = self._loop.time()
+        over = now + _TICK >= deadline
+        if not over and exchange.passed != exchange.seen:
+            exchange.seen = exchange.passed
+            until = min(deadline, now + patience)
+            exchange.timer = self._loop.call_at(until, self._late, exchange, deadline, patience)
+            return
+        why = "the deadline passed" if over else f"nothing moved for {patience:g} s"
+        exchange.fail(exchange.error(LateError, why))
         self._drop(exchange)
 
     def _drop(self, exchange: Exchange) -> None:

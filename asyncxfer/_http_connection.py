@@ -20,7 +20,7 @@ from typing import Protocol
 
 from . import _sockets
 from ._errors import PeerLostError, TransferError, TransferTimeout
-from ._http_codec import Malformed
+from ._http_codec import Head, Malformed
 from ._http_incoming import Answer, Incoming, Misfit
 from ._http_pieces import Pieces
 
@@ -67,7 +67,11 @@ class HttpError(TransferError):
     progress : Progress
     nbytes : int
         Bytes that had been received into the caller's memory.
+    head : Head or None
+        That of the answer, where it had come.
     """
+
+    head: Head | None = None
 
     def __init__(self, message: str, *, endpoint: str, progress: Progress, nbytes: int = 0) -> None:
         super().__init__(f"{endpoint}: {message}; {progress.value}", nbytes=nbytes)
@@ -129,7 +133,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_into", "_method", "_most", "connection", "endpoint", "future", "incoming", "outgoing", "repeated", "timer",
+        "_into", "_method", "_most", "connection", "endpoint", "future", "incoming", "outgoing", "repeated", "seen",
+        "timer",
     )  # fmt: skip
 
     def __init__(
@@ -150,6 +155,7 @@ class Exchange:
         self.incoming = Incoming(asked_for_head=method == b"HEAD", into=into, most=most)
         self.connection: Connection | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.seen = 0  # what had moved when the timer went last
         self.repeated = False
 
     @property
@@ -160,6 +166,11 @@ class Exchange:
         if not self.outgoing.passed:
             return Progress.NOTHING
         return Progress.PART if self.outgoing.left else Progress.SENT
+
+    @property
+    def passed(self) -> int:
+        """Bytes that have moved, either way."""
+        return self.outgoing.passed + self.incoming.passed
 
     @property
     def repeatable(self) -> bool:
@@ -173,16 +184,18 @@ class Exchange:
 
     def error(self, kind: type[HttpError], message: str) -> HttpError:
         """Say in which way it did not end with an answer."""
-        return kind(
+        error = kind(
             message,
             endpoint=self.endpoint,
             progress=self.progress,
             nbytes=self._into.passed if self._into is not None else 0,
         )
+        error.head = self.incoming.head
+        return error
 
     def misfit(self, error: Misfit) -> LengthError:
         """Say that the body has another length than there is room for."""
-        return LengthError(
+        misfit = LengthError(
             f"the body has another length than there is room for: {error}",
             endpoint=self.endpoint,
             progress=self.progress,
@@ -190,6 +203,8 @@ class Exchange:
             expected=error.expected,
             found=error.found,
         )
+        misfit.head = self.incoming.head
+        return misfit
 
     def succeed(self, answer: Answer) -> None:
         """Tell whoever waits."""

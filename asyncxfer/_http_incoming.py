@@ -114,6 +114,11 @@ class Incoming:
     # -- what the connection calls
 
     @property
+    def passed(self) -> int:
+        """Bytes of the body that have come."""
+        return len(self._gathered) if self._place is None else self._place.passed
+
+    @property
     def direct(self) -> int:
         """Bytes that can be received where they belong."""
         if (

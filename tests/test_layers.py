@@ -29,13 +29,17 @@ class Rule(NamedTuple):
 
 RULES = {
     "asyncxfer/_fast": Rule(frozenset({"asyncxfer._errors", "asyncxfer._done"}), frozenset({"asyncxfer._fast"})),
-    # Besides abc, the errors and the native core: the type of what a backend is configured with, what the two
-    # same-host backends share, and parts of one backend. Backends do not know each other.
+    # Besides abc, the errors and the native core: the type of what a backend is configured with, the HTTP client and
+    # its signatures for object stores, what backends of one kind share, and parts of one backend. Backends do not know
+    # each other.
     "asyncxfer/backends": Rule(
-        frozenset({"asyncxfer.abc", "asyncxfer._errors", "asyncxfer._config"})
+        frozenset(f"asyncxfer.{part}" for part in ("abc", "_errors", "_config", "_http", "_sigv4"))
         | {
             f"asyncxfer.backends.{part}"
-            for part in ("_engine", "_ranges", "_ucx_library", "_alias", "_kvikio_library", "_s3_sdk")
+            for part in (
+                "_engine", "_ranges", "_ucx_library", "_alias", "_kvikio_library", "_s3_dialect", "_s3_sdk",
+                "_s3_sdk_store", "_s3_store",
+            )
         },
         frozenset({"asyncxfer._fast", "asyncxfer.backends._object"}),
     ),
