@@ -32,10 +32,10 @@ from ._http_connection import (
     MalformedError,
     Progress,
     UntrustedError,
-    encrypt,
 )
 from ._http_incoming import Answer
 from ._http_pieces import Pieces
+from ._http_streams import encrypt, plain
 
 __all__ = [
     "Answer",
@@ -353,11 +353,12 @@ class Pool:
         if self._scheme == "https" and self._tls is None:
             self._tls = await self._loop.run_in_executor(None, ssl.create_default_context)
         sock = await _sockets.connect(self._address, self._connect_timeout)
+        stream = plain(sock)
         try:
             if self._scheme == "https":
                 assert self._tls is not None
-                sock = await encrypt(sock, self._tls, self._address.host)
-            return Connection(sock, self)
+                stream = await encrypt(sock, self._tls, self._address.host)
+            return Connection(stream, self)
         except BaseException:
-            sock.close()
+            stream.close()
             raise

@@ -2,8 +2,8 @@
 
 The socket is not blocking and is watched by the loop itself, for reading as long as it lives: what the server says of
 its own accord, its farewell included, is noticed while nothing is asked. Bodies go from the caller's memory to the
-kernel and from there to the caller's memory, by whichever call takes most pieces at once; one turn moves a bounded
-number of bytes. Once an exchange has ended, however it ended, nothing of it is touched any more.
+kernel and from there to the caller's memory; one turn moves a bounded number of bytes. Once an exchange has ended,
+however it ended, nothing of it is touched any more.
 
 Which connection carries what, deadlines and repetition are not known here.
 """
@@ -14,15 +14,13 @@ import asyncio
 import enum
 import math
 import re
-import socket
-import ssl
 from typing import Protocol
 
-from . import _sockets
 from ._errors import PeerLostError, TransferError, TransferTimeout
 from ._http_codec import Head, Malformed
 from ._http_incoming import Answer, Incoming, Misfit
 from ._http_pieces import Pieces
+from ._http_streams import Stream
 
 __all__ = [
     "BrokenError",
@@ -35,12 +33,8 @@ __all__ = [
     "Owner",
     "Progress",
     "UntrustedError",
-    "encrypt",
 ]
 
-_TURN = 256 << 10  # bytes a turn of the loop, of plain text
-_TURN_TLS = 64 << 10  # which has to be encrypted or decrypted as well
-_RECORD = 16 << 10  # of TLS
 _PIECES = 256  # a call
 _KEPT = re.compile(rb"timeout=([0-9]{1,9})")
 _IDEMPOTENT = frozenset({b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS"})
@@ -220,37 +214,6 @@ class Exchange:
 # ---- one connection -----------------------------------------------------------------------------------------------
 
 
-async def encrypt(sock: socket.socket, context: ssl.SSLContext, host: str) -> ssl.SSLSocket:
-    """Agree on TLS over a connected socket, which is owned from now on, with the server of this name.
-
-    Raises
-    ------
-    ssl.SSLError
-        It is not agreed on.
-    OSError
-        The connection ended or broke.
-    """
-    encrypted = context.wrap_socket(
-        sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
-    )
-    try:
-        while True:
-            try:
-                encrypted.do_handshake()
-            except ssl.SSLWantReadError:
-                await _sockets.readable(encrypted)
-            except ssl.SSLWantWriteError:
-                await _sockets.writable(encrypted)
-            else:
-                return encrypted
-    except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-        encrypted.close()
-        raise ConnectionResetError("the connection was closed before TLS was agreed on") from error
-    except BaseException:
-        encrypted.close()
-        raise
-
-
 class Owner(Protocol):
     """Who has connections and is told what becomes of them."""
 
@@ -266,8 +229,8 @@ class Connection:
 
     Parameters
     ----------
-    sock : socket
-        Connected, not blocking, through with its handshake; owned from now on.
+    stream : Stream
+        Owned from now on.
     owner : Owner
 
     Attributes
@@ -281,15 +244,13 @@ class Connection:
     """
 
     __slots__ = (
-        "_behind", "_exchange", "_fd", "_loop", "_owner", "_sock", "_tls", "_turn", "_unsendable", "_writing",
-        "expires", "patience", "served",
+        "_behind", "_exchange", "_fd", "_loop", "_owner", "_stream", "_unsendable", "_writing", "expires",
+        "patience", "served",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket, owner: Owner) -> None:
-        self._sock = sock
+    def __init__(self, stream: Stream, owner: Owner) -> None:
+        self._stream = stream
         self._owner = owner
-        self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
-        self._turn = _TURN if self._tls is None else _TURN_TLS
         self._exchange: Exchange | None = None
         self._behind = False  # bytes that are here have not been looked at
         self._unsendable: OSError | None = None
@@ -298,7 +259,7 @@ class Connection:
         self.patience = math.inf
         self.served = 0
         self._loop = asyncio.get_running_loop()
-        self._fd = sock.fileno()
+        self._fd = stream.fileno()
         self._loop.add_reader(self._fd, self._readable)
 
     @property
@@ -319,7 +280,7 @@ class Connection:
         self._loop.remove_reader(self._fd)
         self._watch_writing(wanted=False)
         self._fd = -1
-        self._sock.close()
+        self._stream.close()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.connection = None
@@ -328,10 +289,9 @@ class Connection:
     # -- sending
 
     def _send(self, exchange: Exchange) -> None:
-        outgoing = exchange.outgoing
         try:
-            (self._send_plain if self._tls is None else self._send_encrypted)(outgoing)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            self._stream.send(exchange.outgoing)
+        except (BlockingIOError, InterruptedError):
             self._watch_writing(wanted=True)
         except OSError as error:
             # It takes no more. It may have said why.
@@ -339,29 +299,16 @@ class Connection:
             self._watch_writing(wanted=False)
             self._readable()
         else:
-            self._watch_writing(wanted=outgoing.left > 0)
-
-    def _send_plain(self, outgoing: Pieces) -> None:
-        budget = self._turn
-        while outgoing.left and budget > 0:
-            n = self._sock.sendmsg(outgoing.upcoming(budget, _PIECES), (), socket.MSG_NOSIGNAL)
-            outgoing.advance(n)
-            budget -= n
-
-    def _send_encrypted(self, outgoing: Pieces) -> None:
-        """Send records; what did not go is given again, as it was, as OpenSSL demands."""
-        budget = self._turn
-        while outgoing.left and budget > 0:
-            pieces = outgoing.upcoming(_RECORD, _PIECES)
-            n = self._sock.send(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-            outgoing.advance(n)
-            budget -= n
+            self._watch_writing(wanted=exchange.outgoing.left > 0 or self._stream.unsent)
 
     def _writable(self) -> None:
         exchange = self._exchange
         assert exchange is not None
-        if exchange.outgoing.left and self._unsendable is None and exchange.incoming.head is None:
+        unfinished = exchange.outgoing.left or self._stream.unsent
+        if unfinished and self._unsendable is None and exchange.incoming.head is None:
             self._send(exchange)
+            if self._exchange is exchange and not exchange.outgoing.left:
+                self._readable()  # which may be what had something to send
         else:
             self._watch_writing(wanted=False)
             self._readable()
@@ -383,11 +330,8 @@ class Connection:
         incoming = exchange.incoming
         try:
             self._receive(incoming)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError):
+        except (BlockingIOError, InterruptedError):
             pass  # the loop tells when there is more
-        except ssl.SSLWantWriteError:
-            self._watch_writing(wanted=True)
-            return
         except Malformed as error:
             self.close(exchange.error(MalformedError, str(error)))
             return
@@ -399,36 +343,34 @@ class Connection:
             return
         if incoming.done:
             self._end(exchange)
+        elif self._stream.unsent:
+            self._watch_writing(wanted=True)
         elif self._writing and incoming.head is not None:
             self._watch_writing(wanted=False)  # it has answered without the rest
 
     def _receive(self, incoming: Incoming) -> None:
         """Receive until the answer is complete, nothing more is here, or others should have a turn."""
-        budget = self._turn
+        stream = self._stream
+        budget = stream.turn
         if self._behind:
             self._behind = incoming.feed(b"")
+        more = True
         while not (incoming.done or self._behind):
             if incoming.direct:
-                targets = incoming.targets(budget, _PIECES)
-                asked = sum([target.nbytes for target in targets])
-                if len(targets) == 1 or self._tls is not None:
-                    n = self._sock.recv_into(targets[0])
-                else:
-                    n = self._sock.recvmsg_into(targets)[0]
+                n, more = stream.receive_into(incoming.targets(budget, _PIECES))
                 if n:
                     incoming.received(n)
             else:
-                asked = incoming.ask
-                data = self._sock.recv(asked)
+                data, more = stream.receive(incoming.ask)
                 n = len(data)
                 if n:
                     self._behind = incoming.feed(data)
             if not n and not incoming.end():
                 raise ConnectionResetError("the connection was closed")
             budget -= n
-            if budget <= 0 or (n < asked and self._tls is None):
-                break  # the loop tells when there is more, of what is not decrypted yet
-        if not incoming.done and (self._behind or (self._tls is not None and self._tls.pending())):
+            if budget <= 0 or not more:
+                break  # the loop tells when there is more, of what is not here yet
+        if not incoming.done and (self._behind or (more and stream.pending)):
             self._loop.call_soon(self._go_on, self._exchange)
 
     def _go_on(self, exchange: Exchange | None) -> None:
@@ -438,8 +380,8 @@ class Connection:
     def _listen(self) -> None:
         """Hear what a server says that was not asked: nothing, as a rule, or that it goes."""
         try:
-            self._sock.recv(1)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError):
+            self._stream.receive(1)
+        except (BlockingIOError, InterruptedError):
             return  # tickets, of TLS
         except OSError:
             self.close()
@@ -463,7 +405,8 @@ class Connection:
 
     def _end(self, exchange: Exchange) -> None:
         incoming = exchange.incoming
-        keep = incoming.keep and not exchange.outgoing.left and self._unsendable is None
+        sent = not (exchange.outgoing.left or self._stream.unsent or self._unsendable)
+        keep = incoming.keep and sent
         try:
             exchange.succeed(incoming.answer())
         except Misfit as error:

@@ -3,8 +3,9 @@
  *
  * Included by tls.pyx alone, since the table is one per process. No header of OpenSSL is needed: what is declared here
  * is the same in 1.1.1 and 3. A connection reads the socket in large pieces (OpenSSL's read-ahead) and sends several
- * records by one system call, from a buffer of its own; a socket's SIGPIPE is not raised. One thread at a time; nothing
- * here knows Python.
+ * records by one system call, from a buffer of its own; a socket's SIGPIPE is not raised. A connection that another
+ * user of the library has made can be taken over for the time after its handshake. One thread at a time; nothing here
+ * knows Python.
  */
 #ifndef ASYNCXFER_TLS_H
 #define ASYNCXFER_TLS_H
@@ -13,6 +14,8 @@
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
 #include "native.h"
 
 /* ---- the functions ------------------------------------------------------------------------------------------- */
@@ -44,6 +47,12 @@
     F(int, SSL_get_error, (const void *ssl, int result))                                                         \
     F(int, SSL_has_pending, (const void *ssl))                                                                   \
     F(long, SSL_get_verify_result, (const void *ssl))                                                            \
+    F(void *, SSL_get_ex_data, (const void *ssl, int index))                                                     \
+    F(int, SSL_version, (const void *ssl))                                                                       \
+    F(const char *, SSL_get_cipher_list, (const void *ssl, int rank))                                            \
+    F(int, SSL_set_ciphersuites, (void *ssl, const char *names))                                                 \
+    F(void, SSL_set_read_ahead, (void *ssl, int on))                                                             \
+    F(void, SSL_set_default_read_buffer_len, (void *ssl, size_t n))                                              \
     F(const void *, SSL_get_current_cipher, (const void *ssl))                                                   \
     F(const char *, SSL_CIPHER_get_name, (const void *cipher))                                                   \
     F(int, BIO_get_new_index, (void))                                                                            \
@@ -123,6 +132,7 @@ typedef struct {
     uint64_t since;       /* plain bytes since the key for sending was new */
     uint64_t rekey;       /* and how many there may be */
     uint64_t updates;
+    int unsendable;       /* the errno with which the socket took no more; what it has may still be read */
     char reason[192];
     unsigned char out[AXF_TLS_OUT];
 } axf_tls;
@@ -333,6 +343,102 @@ static ssize_t axf_tls_write(axf_tls *tls, const char *from, size_t n) {
     }
     if (total) return total;
     errno = EAGAIN;
+    return -1;
+}
+
+/* ---- one that Python's ssl made -------------------------------------------------------------------------------- */
+
+/* Before the handshake: what OpenSSL reads at once, and which cipher it would like. */
+static void axf_tls_prepare(void *ssl) {
+    static const char *const usual[] = {
+        "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256", 0};
+    int rank = 0;
+    const char *name;
+    axf_ssl.SSL_set_read_ahead(ssl, 1);
+    axf_ssl.SSL_set_default_read_buffer_len(ssl, AXF_TLS_READ_AHEAD);
+    while (usual[rank] && (name = axf_ssl.SSL_get_cipher_list(ssl, rank)) && !strcmp(name, usual[rank])) ++rank;
+    name = axf_ssl.SSL_get_cipher_list(ssl, rank);
+    if (usual[rank] || (name && !strncmp(name, "TLS_AES_", 8))) return; /* somebody has chosen */
+    axf_ssl.SSL_set_ciphersuites(ssl, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256");
+}
+
+/* After the handshake; `ssl` stays its owner's, who has to keep it until axf_tls_return. */
+static axf_tls *axf_tls_take(void *ssl, int fd, uint64_t rekey) {
+    axf_tls *tls = calloc(1, sizeof *tls);
+    void *bio = tls ? axf_ssl.BIO_new(axf_ssl.bio) : 0;
+    if (!bio) {
+        free(tls);
+        return 0;
+    }
+    tls->ssl = ssl;
+    tls->fd = fd;
+    tls->rekey = axf_ssl.SSL_version(ssl) == AXF_SSL_VERSION_1_3 ? rekey : UINT64_MAX;
+    axf_ssl.BIO_set_data(bio, tls);
+    axf_ssl.BIO_set_init(bio, 1);
+    axf_ssl.SSL_set_bio(ssl, bio, bio);
+    return tls;
+}
+
+static void axf_tls_return(axf_tls *tls) {
+    axf_ssl.SSL_set_bio(tls->ssl, 0, 0);
+    free(tls);
+}
+
+/* Fills the rows in order as far as what has arrived reaches; else as axf_tls_read. */
+static ssize_t axf_tls_scatter(axf_tls *tls, const struct iovec *rows, int count) {
+    size_t total = 0;
+    for (int row = 0; row < count; ++row) {
+        ssize_t got = axf_tls_read(tls, rows[row].iov_base, rows[row].iov_len);
+        if (got < 0) return total ? (ssize_t)total : got;
+        total += got;
+        if ((size_t)got < rows[row].iov_len) break;
+    }
+    return total;
+}
+
+/* Encrypts the rows, in full records whatever their lengths, and sends what the kernel takes. Gives how many bytes were
+ * encrypted: they are not needed again, even if they are not all sent; or -1 with errno. Rows that are empty only send
+ * what is left. */
+static ssize_t axf_tls_gather(axf_tls *tls, const struct iovec *rows, int count) {
+    unsigned char record[AXF_TLS_RECORD];
+    size_t total = 0, at = 0;
+    int row = 0;
+    while (!tls->failed && !tls->unsendable) {
+        int flushed = axf_tls_flush(tls);
+        if (flushed < 0) {
+            tls->unsendable = tls->socket_error;
+            tls->socket_error = 0;
+            tls->at = tls->end = 0;
+            break;
+        }
+        if (!flushed) return total;
+        for (size_t batch = 0; batch < AXF_TLS_BATCH;) {
+            const void *from = record;
+            size_t n = 0;
+            while (row < count && at == rows[row].iov_len) ++row, at = 0;
+            if (row < count && rows[row].iov_len - at >= AXF_TLS_RECORD) {
+                from = (const char *)rows[row].iov_base + at;
+                at += n = AXF_TLS_RECORD;
+            }
+            while (row < count && n < AXF_TLS_RECORD) {
+                size_t left = rows[row].iov_len - at, part = left < AXF_TLS_RECORD - n ? left : AXF_TLS_RECORD - n;
+                memcpy(record + n, (const char *)rows[row].iov_base + at, part);
+                n += part;
+                at += part;
+                if (part == left) ++row, at = 0;
+            }
+            if (!n) break;
+            if (axf_tls_encrypt(tls, from, n) < 0) {
+                axf_tls_fail(tls);
+                break;
+            }
+            tls->ahead = 0; /* the caller counts them now */
+            batch += n;
+            total += n;
+        }
+        if (!tls->failed && tls->at == tls->end) return total;
+    }
+    errno = tls->failed ? tls->failed : tls->unsendable;
     return -1;
 }
 

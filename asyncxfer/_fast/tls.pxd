@@ -15,6 +15,8 @@ be encrypted already (EINVAL says that there were fewer).
 `tls_reason` says why it failed, in a text that lives as long as the connection.
 """
 
+from libc.stdint cimport uint64_t
+
 
 cdef class Context:
     cdef void* context
@@ -22,6 +24,28 @@ cdef class Context:
 
 cdef class Connection:
     cdef void* ssl          # NULL once closed
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+
+cdef class Rows:
+    cdef Py_buffer[256] held
+    cdef iovec[256] at
+    cdef int count
+    cdef int hold(self, list objects, bint writable) except -1
+    cdef void release(self) noexcept
+
+
+cdef class Records:
+    cdef void* tls          # NULL before it is begun, and once closed
+    cdef object found       # whose SSL it is
+    cdef int fd
+    cdef Rows rows
+    cdef uint64_t rekey
 
 
 cdef ssize_t tls_read(void* ssl, void* to, size_t n) noexcept nogil

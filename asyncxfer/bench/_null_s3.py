@@ -2,7 +2,8 @@
 
 A process of its own with one thread: GET answers bytes out of one file in memory, which the kernel sends without this
 program touching them; PUT is thrown away where it arrives. It speaks HTTP/1.1 and as much of S3 as a client needs to
-get, put, and put in parts; it checks no signature and no checksum, and does not speak TLS.
+get, put, and put in parts; it checks no signature and no checksum. Over https, the bytes are encrypted out of that file
+and decrypted into one place, records of 16 KiB by one call.
 
 The size of an object is the number that its key ends in, and its bytes are those of `content`. The program imports
 nothing of this package, so that it starts at once.
@@ -18,17 +19,19 @@ import re
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from types import TracebackType
 
     # What a connection waits for before it goes on: events of epoll.
     Waits = Generator[int, None, None]
+    _T = TypeVar("_T")
 
 __all__ = ["NullServer", "content"]
 
@@ -38,6 +41,7 @@ _WORD = 8
 _RECEIVE = 256 << 10
 _HEAD = 64 << 10
 _DISCARD = 16 << 20
+_RECORD = 16 << 10  # of TLS
 _PR_SET_PDEATHSIG = 1
 
 _SIZE = re.compile(rb"(\d{1,18})$")
@@ -63,6 +67,11 @@ def content(offset: int, size: int) -> bytes:
 class NullServer:
     """The server in a process of its own, on a free port of 127.0.0.1, for as long as the ``with`` block runs.
 
+    Parameters
+    ----------
+    certificate : Path or None
+        A file of PEM with a certificate and its key: then it speaks https.
+
     Attributes
     ----------
     url : str
@@ -74,15 +83,20 @@ class NullServer:
     url: str
     pid: int
 
+    def __init__(self, certificate: Path | None = None) -> None:
+        self._certificate = certificate
+
     def __enter__(self) -> Self:
         command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid())]
+        if self._certificate is not None:
+            command.append(str(self._certificate))
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         port = self._process.stdout.readline()
         if not port:
             self.__exit__(None, None, None)
             raise RuntimeError(f"{' '.join(command)} ended before it listened; its error is above")
-        self.url = f"http://127.0.0.1:{int(port)}"
+        self.url = f"http{'' if self._certificate is None else 's'}://127.0.0.1:{int(port)}"
         self.pid = self._process.pid
         return self
 
@@ -171,7 +185,10 @@ class _Connection:
                 raise ConnectionError
             count -= got
 
-    def _send(self, data: bytes, more: int = 0) -> Waits:
+    def _send(self, data: bytes) -> Waits:
+        yield from self._send_plain(data)
+
+    def _send_plain(self, data: bytes, more: int = 0) -> Waits:
         view = memoryview(data)
         while view:
             try:
@@ -179,7 +196,8 @@ class _Connection:
             except BlockingIOError:
                 yield select.EPOLLOUT
 
-    def _send_object(self, offset: int, count: int) -> Waits:
+    def _send_object(self, head: bytes, offset: int, count: int) -> Waits:
+        yield from self._send_plain(head, socket.MSG_MORE)
         while count:
             place = offset % _PERIOD
             try:
@@ -224,8 +242,62 @@ class _Connection:
         if bodiless or first == end:
             yield from self._send(head)
         else:
-            yield from self._send(head, socket.MSG_MORE)
-            yield from self._send_object(first, end - first)
+            yield from self._send_object(head, first, end - first)
+
+
+class _Encrypted(_Connection):
+    """One client that speaks TLS."""
+
+    def __init__(self, sock: ssl.SSLSocket, content: memoryview, sink: mmap.mmap) -> None:
+        super().__init__(sock, -1, sink)
+        self._content = content
+
+    def serve(self) -> Waits:
+        assert isinstance(self.sock, ssl.SSLSocket)
+        yield from self._do(self.sock.do_handshake)
+        yield from super().serve()
+
+    def _do(self, step: Callable[[], _T]) -> Generator[int, None, _T]:
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                yield select.EPOLLIN
+            except ssl.SSLWantWriteError:
+                yield select.EPOLLOUT
+
+    def _receive(self) -> Generator[int, None, int]:
+        data = yield from self._do(lambda: self.sock.recv(_RECEIVE))
+        self._received += data
+        return len(data)
+
+    def _skip(self, count: int) -> Waits:
+        taken = min(count, len(self._received))
+        del self._received[:taken]
+        count -= taken
+        while count:
+            most = min(count, _RECORD)
+            got = yield from self._do(lambda most=most: self.sock.recv_into(self._sink, most))  # type: ignore[misc]
+            if not got:
+                raise ConnectionError
+            count -= got
+
+    def _send(self, data: bytes) -> Waits:
+        yield from self._do(lambda: self.sock.send(data))
+
+    def _send_object(self, head: bytes, offset: int, count: int) -> Waits:
+        # What begins with the head fills one record; what follows is encrypted where it lies.
+        first = min(count, _RECORD - len(head), _PERIOD - offset % _PERIOD)
+        while True:
+            place = offset % _PERIOD
+            piece = self._content[place : place + first]
+            data = head + piece if head else piece
+            yield from self._do(lambda data=data: self.sock.send(data))  # type: ignore[misc]
+            offset += first
+            count -= first
+            if not count:
+                return
+            head, first = b"", min(count, _PERIOD - offset % _PERIOD)
 
 
 def _range(wanted: bytes, size: int) -> tuple[int, int]:
@@ -236,7 +308,8 @@ def _range(wanted: bytes, size: int) -> tuple[int, int]:
     return int(first), min(size, int(last) + 1) if last else size
 
 
-def _serve(listener: socket.socket, fd: int) -> None:
+def _serve(listener: socket.socket, fd: int, tls: ssl.SSLContext | None) -> None:
+    content = memoryview(mmap.mmap(fd, _PERIOD, prot=mmap.PROT_READ))
     sink = mmap.mmap(-1, _DISCARD)
     connections: dict[int, tuple[_Connection, Waits]] = {}
     with select.epoll() as epoll:
@@ -247,7 +320,12 @@ def _serve(listener: socket.socket, fd: int) -> None:
                     sock, _ = listener.accept()
                     sock.setblocking(False)
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    connection = _Connection(sock, fd, sink)
+                    connection: _Connection
+                    if tls is None:
+                        connection = _Connection(sock, fd, sink)
+                    else:
+                        sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                        connection = _Encrypted(sock, content, sink)
                     connections[sock.fileno()] = connection, connection.serve()
                     epoll.register(sock, select.EPOLLIN)
                     continue
@@ -264,15 +342,23 @@ def _serve(listener: socket.socket, fd: int) -> None:
 
 
 def main() -> None:
-    """Serve until killed, or until the parent ends, whose process id is the first argument."""
+    """Serve until killed, or until the parent ends, whose process id is the first argument.
+
+    The second, if there is one, is a file with a certificate and its key.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):
         return
     fd = _fill()
+    tls = None
+    if len(sys.argv) > 2:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(sys.argv[2])
+        tls.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE  # the client is what is measured
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         sys.stdout.write(f"{listener.getsockname()[1]}\n")
         sys.stdout.close()
-        _serve(listener, fd)
+        _serve(listener, fd, tls)
 
 
 if __name__ == "__main__":
