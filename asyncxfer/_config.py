@@ -192,8 +192,10 @@ class Config:
         How often a request to an object store is made at most.
     object_concurrency : int, requests
         Requests under way in one bucket at most; fewer while the store says that it is asked too much.
+    object_multipart_bytes : int, bytes
+        What is longer goes to and from an object store in parts, several at a time.
     object_part_bytes : int, bytes
-        Size of the parts of multipart uploads and of parallel downloads.
+        Size of these parts.
     object_hedge : float or None, seconds
         A second request for a small object when the first has not answered by then. None: never.
 
@@ -233,6 +235,7 @@ class Config:
     object_floor_rate: Annotated[int, _Range(_KIB, _TIB, "bytes per second")] = _MIB
     object_attempts: Annotated[int, _Range(1, 100, "attempts")] = 5
     object_concurrency: Annotated[int, _Range(1, 4096, "requests")] = 64
+    object_multipart_bytes: Annotated[int, _Range(5 * _MIB, 5 * _GIB, "bytes")] = 32 * _MIB
     object_part_bytes: Annotated[int, _Range(5 * _MIB, 5 * _GIB, "bytes")] = 8 * _MIB
     object_hedge: Annotated[float | None, _Range(0.0, 3600.0, "seconds")] = None
 

@@ -25,6 +25,7 @@ _SHIPPED = {
     "ucx": "asyncxfer.backends.ucx:UcxBackend",
     "uring": "asyncxfer.backends.uring:UringBackend",
     "kvikio": "asyncxfer.backends.kvikio:KvikioBackend",
+    "s3": "asyncxfer.backends.s3:S3Backend",
 }
 
 BackendSpec: TypeAlias = str | type[Backend] | Backend

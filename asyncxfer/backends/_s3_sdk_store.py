@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Self
 
 from .._errors import ChecksumError, ObjectError, ObjectExistsError, ObjectMissingError, TransferError, TransferTimeout
 from .._fast.crc64 import combine
-from ._object._store import Exists, ObjectInfo, Part, Read
+from ..abc import Exists, ObjectInfo
+from ._object._store import Part, Read
 from ._object._sums import as_header, crc32c_of, crc64_of, from_header
 
 if TYPE_CHECKING:

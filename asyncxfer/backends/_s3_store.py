@@ -29,9 +29,10 @@ from xml.sax.saxutils import escape
 from .._errors import ChecksumError, ObjectExistsError, TransferError
 from .._fast.crc64 import combine
 from .._http import Answer
+from ..abc import Exists, ObjectInfo
 from ._object._attempts import Act, Ask, Attempts, Header, Verdict
 from ._object._reading import Claim, Tongue, read
-from ._object._store import Exists, ObjectInfo, Part, Read
+from ._object._store import Part, Read
 from ._object._sums import as_header, crc64_of, from_header
 from ._object._xml import Node, Unreadable, parse
 from ._s3_dialect import Credentials, S3Account, S3Dialect, content_md5, quoted

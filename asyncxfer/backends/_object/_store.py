@@ -7,35 +7,11 @@ all attempts of a call together. A call that ends, however it ends, touches the 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import ClassVar, NamedTuple, Protocol
 
-__all__ = ["Exists", "ObjectInfo", "ObjectStore", "Part", "Read"]
+from ...abc import Exists, ObjectInfo
 
-#: What a write does with a key that is there: replaces it, keeps it and is content, or fails.
-Exists: TypeAlias = Literal["replace", "keep", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
-    """What a store tells of an object.
-
-    Attributes
-    ----------
-    key : str
-    nbytes : int
-    etag : str
-        Of this version of it, as the store writes it, quotation marks included.
-    modified : float, seconds since the epoch
-    checksum : str or None
-        Of the whole object: the algorithm in lower case, a colon, the value in base64. None: the store told none.
-    """
-
-    key: str
-    nbytes: int
-    etag: str
-    modified: float
-    checksum: str | None = None
+__all__ = ["ObjectStore", "Part", "Read"]
 
 
 class Read(NamedTuple):

@@ -1,0 +1,272 @@
+"""What every backend for objects is, but for the dialect of its store: memory to and from the objects of one scheme.
+
+Its transfers run in the I/O thread; stores are opened and closed there, by whoever opens and closes a region.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from ...abc import (
+    Backend,
+    BackendError,
+    Capabilities,
+    Completion,
+    Cost,
+    Endpoint,
+    Memory,
+    MemoryKind,
+    ObjectInfo,
+    ObjectRegistration,
+    Objects,
+    Offer,
+    Op,
+    PeerInfo,
+    Reach,
+    Registration,
+    RegistrationError,
+    RemoteRegistration,
+    Request,
+)
+from . import _thread
+from ._flight import Flight
+from ._store import ObjectStore
+from ._work import Work
+
+if TYPE_CHECKING:
+    from ..._config import Config
+
+__all__ = ["ObjectBackend", "Reached"]
+
+_T = TypeVar("_T")
+_PAGE = 1000  # objects of a list that are fetched at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A bucket that was reached.
+
+    Attributes
+    ----------
+    ways : mapping of str to callable
+        By the name of a way, what makes a store of it when it is first gone; what moves no bytes goes the first.
+    refused : mapping of str to str
+        Why the other ways cannot be gone.
+    aclose : callable or None
+        Awaited when all stores have been closed.
+    """
+
+    ways: Mapping[str, Callable[[], Awaitable[ObjectStore]]]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    aclose: Callable[[], Awaitable[None]] | None = None
+
+
+class _Opened(ObjectRegistration):
+    """Objects that were opened, with the stores that reach them, one a way; all but `reached` in the I/O thread."""
+
+    __slots__ = ("_left", "_seconds", "_stores", "_thread", "objects", "reached")
+
+    def __init__(
+        self, memory: Memory, objects: Objects, reached: Reached, thread: _thread.IoThread, seconds: float
+    ) -> None:
+        super().__init__(memory)
+        self.objects = objects
+        self.reached = reached
+        self._thread = thread
+        self._seconds = seconds
+        self._stores: dict[str, asyncio.Future[ObjectStore]] = {}
+        self._left: set[asyncio.Future[None]] = set()
+
+    def store(self, way: str) -> asyncio.Future[ObjectStore]:
+        """The store of a way, which is made when it is first asked for."""
+        store = self._stores.get(way)
+        if store is None or (store.done() and (store.cancelled() or store.exception() is not None)):
+            store = self._stores[way] = asyncio.ensure_future(self.reached.ways[way]())
+        return asyncio.shield(store) if not store.done() else store
+
+    @property
+    def _first(self) -> asyncio.Future[ObjectStore]:
+        return self.store(next(iter(self.reached.ways)))
+
+    @property
+    def _deadline(self) -> float:
+        return self._thread.loop.time() + self._seconds
+
+    async def _there(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return await asyncio.wrap_future(self._thread.run(work))
+
+    async def head(self, key: str) -> ObjectInfo:
+        """Ask the store."""
+
+        async def ask() -> ObjectInfo:
+            return await (await self._first).head(key, deadline=self._deadline)
+
+        return await self._there(ask())
+
+    async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[ObjectInfo]:
+        """Fetch pages of the store's list as they are asked for."""
+
+        async def begin() -> AsyncIterator[ObjectInfo]:
+            return (await self._first).list(prefix, after=after, deadline=self._deadline)
+
+        found = await self._there(begin())
+        try:
+            while page := await self._there(_page(found)):
+                for info in page:
+                    yield info
+        finally:
+            await self._there(_close(found))
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Ask the store."""
+
+        async def ask() -> None:
+            await (await self._first).delete(keys, deadline=self._deadline)
+
+        await self._there(ask())
+
+    async def copy(self, source: str, target: str) -> None:
+        """Ask the store."""
+
+        async def ask() -> None:
+            await (await self._first).copy(source, target, deadline=self._deadline)
+
+        await self._there(ask())
+
+    def leave(self, work: Awaitable[None]) -> None:
+        """Have something go on behind a transfer's end; in the I/O thread."""
+        task = asyncio.ensure_future(work)
+        self._left.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Future[None]) -> None:
+        self._left.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._thread.loop.call_exception_handler({"message": "an upload was not given up", "exception": error})
+
+    async def close(self) -> None:
+        """Wait for what was left behind, and close the stores; in the I/O thread."""
+        while self._left:
+            await asyncio.wait(list(self._left))
+        for made in self._stores.values():
+            with contextlib.suppress(Exception):  # one that could not be made has been told to who asked for it
+                await (await made).aclose()
+        if self.reached.aclose is not None:
+            await self.reached.aclose()
+
+
+async def _page(found: AsyncIterator[ObjectInfo]) -> list[ObjectInfo]:
+    page = []
+    async for info in found:
+        page.append(info)
+        if len(page) == _PAGE:
+            break
+    return page
+
+
+async def _close(found: AsyncIterator[ObjectInfo]) -> None:
+    if isinstance(found, AsyncGenerator):
+        await found.aclose()
+
+
+class ObjectBackend(Backend):
+    """Moves memory to and from the objects of a store. A backend adds `reach`."""
+
+    scheme: ClassVar[str]
+    """Of the URLs that it opens."""
+    ways: ClassVar[Mapping[str, Cost]]
+    """Its ways of reaching a store, with what each costs."""
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        Reach.PROCESS,
+        frozenset({(MemoryKind.DRAM, MemoryKind.OBJECT), (MemoryKind.OBJECT, MemoryKind.DRAM)}),
+    )
+    checksums: ClassVar[bool] = True
+    pins: ClassVar[frozenset[MemoryKind]] = frozenset({MemoryKind.OBJECT})
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._thread: _thread.IoThread | None = None
+
+    @abc.abstractmethod
+    async def reach(self, objects: Objects) -> Reached:
+        """Find out how a bucket is reached, in the I/O thread; nothing needs to be asked of it.
+
+        Raises
+        ------
+        RegistrationError
+            The options are of no use, or there are no credentials.
+        """
+
+    def register(self, memory: Memory) -> Registration:
+        """Take host memory as it is; reach a bucket of this scheme.
+
+        Raises
+        ------
+        RegistrationError
+            It is something else, or the store cannot be reached with these options.
+        """
+        if memory.kind is not MemoryKind.OBJECT:
+            if memory.kind is not MemoryKind.DRAM:
+                raise RegistrationError(f"moves host memory to and from objects, not {memory.kind}")
+            return Registration(memory)
+        objects = memory.owner
+        assert isinstance(objects, Objects)
+        if objects.scheme != self.scheme:
+            raise RegistrationError(f"opens {self.scheme}://, not {objects.scheme}://")
+        if self._thread is None:
+            self._thread = _thread.acquire()
+        reached = self._thread.run(self.reach(objects)).result()
+        return _Opened(memory, objects, reached, self._thread, self.config.object_timeout)
+
+    def deregister(self, registration: Registration) -> None:
+        """Wait for uploads that are given up, and close connections."""
+        if isinstance(registration, _Opened):
+            assert self._thread is not None
+            self._thread.run(registration.close()).result()
+
+    async def connect(self, peer: PeerInfo) -> Endpoint:
+        """Refuse: objects are in a store.
+
+        Raises
+        ------
+        BackendError
+            Always.
+        """
+        raise BackendError("moves between memory of one agent and objects; there is no way to a peer")
+
+    def offers(
+        self, op: Op, local: Registration, remote: RemoteRegistration | Registration, endpoint: Endpoint | None
+    ) -> Sequence[Offer]:
+        """Offer the ways by which the bucket is reached."""
+        opened = next((side for side in (local, remote) if isinstance(side, _Opened)), None)
+        if opened is None:
+            return (Offer(reason="neither side is objects"),)
+        return tuple(
+            Offer(via, cost) if via in opened.reached.ways else Offer(via, reason=opened.reached.refused[via])
+            for via, cost in self.ways.items()
+        )
+
+    def prepare(self, request: Request) -> Work:
+        """Find the stretches of objects."""
+        return Work(request)
+
+    def submit(self, prepared: Work, completion: Completion, priority: int = 0) -> None:
+        """Hand a transfer to the I/O thread."""
+        opened, thread = prepared.objects, self._thread
+        assert isinstance(opened, _Opened)
+        assert thread is not None
+        flight = Flight(
+            prepared, opened.store, opened.objects.exists, completion, self.config, thread, opened.leave, self.name
+        )
+        completion.post(flight.stop, len(prepared.chunks))
+        thread.call(flight.start)
+
+    async def aclose(self) -> None:
+        """End the thread, if nobody else uses it."""
+        if self._thread is not None:
+            await asyncio.to_thread(_thread.release)
