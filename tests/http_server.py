@@ -113,6 +113,17 @@ class Client:
         for at in range(0, len(data), 1 << 14):
             await self._step(lambda at=at: tls.write(data[at : at + (1 << 14)]))  # type: ignore[misc]
 
+    async def farewell(self) -> None:
+        """Say, as TLS does, that nothing more is sent; the connection stays open."""
+        assert self._tls is not None
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self._tls.unwrap()
+        await self._flush()
+
+    async def say_unencrypted(self, data: bytes) -> None:
+        """Send bytes past TLS."""
+        await asyncio.get_running_loop().sock_sendall(self._sock, data)
+
     async def gone(self) -> None:
         """Wait until the other side has closed the connection."""
         with contextlib.suppress(ConnectionError):

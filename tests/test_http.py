@@ -743,28 +743,94 @@ def believing() -> ssl.SSLContext:
     return ssl.create_default_context(cadata=AUTHORITY.pem.decode())
 
 
-@pytest.mark.parametrize("row", [1000, 3 << 20])
-async def test_bodies_over_tls(tmp_path: Path, row: int) -> None:
+def by_python(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Have a context that is not taken over: it would hand the keys to the kernel, where that can be."""
+    context.options |= 1 << 3  # ssl.OP_ENABLE_KTLS, of Python 3.12
+    return context
+
+
+def of_version(version: ssl.TLSVersion) -> ssl.SSLContext:
+    context = believing()
+    context.minimum_version = context.maximum_version = version
+    return context
+
+
+@pytest.fixture(
+    name="client_tls",
+    params=[
+        pytest.param(believing, id="native"),
+        pytest.param(lambda: of_version(ssl.TLSVersion.TLSv1_2), id="native-1.2"),
+        pytest.param(lambda: by_python(believing()), id="python"),
+    ],
+)
+def client_tls_fixture(request: pytest.FixtureRequest) -> ssl.SSLContext:
+    return request.param()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("row", [1, 1000, 3 << 20])
+async def test_bodies_over_tls(tmp_path: Path, client_tls: ssl.SSLContext, row: int) -> None:
     got = []
+    sea = SEA if row > 1 else SEA[:40_000]
 
     async def script(client: Client) -> None:
         for _ in range(2):
             await client.head()
-            got.append(await client.exactly(len(SEA)))
-            await client.say(ok(SEA))
+            got.append(await client.exactly(len(sea)))
+            await client.say(ok(sea))
         await client.gone()
 
     tls = context_of(AUTHORITY.issue(names=(LOOPBACK,)), tmp_path)
-    async with serving(script, tls=tls) as url, Pool(url, tls=believing()) as pool:
+    async with serving(script, tls=tls) as url, Pool(url, tls=client_tls) as pool:
         for _ in range(2):
-            found = place(len(SEA))
-            rows = [slice(at, at + row) for at in range(0, len(SEA), row)]
-            body = [memoryview(SEA)[each] for each in rows]
+            found = place(len(sea))
+            rows = [slice(at, at + row) for at in range(0, len(sea), row)]
+            body = [memoryview(sea)[each] for each in rows]
             answer = await pool.request(b"PUT", b"/", body=body, into=[found[each] for each in rows], deadline=soon())
-            assert answer.received == len(SEA)
-            assert found == SEA
-        assert got == [SEA, SEA]
+            assert answer.received == len(sea)
+            assert found == sea
+        assert got == [sea, sea]
         assert pool.connected == 1
+
+
+async def test_an_answer_over_tls_before_the_whole_request_is_taken(tmp_path: Path, client_tls: ssl.SSLContext) -> None:
+    async def script(client: Client) -> None:
+        await client.head()
+        await client.say(ok(b"no", status=b"403 Forbidden"))
+        await client.gone()
+
+    tls = context_of(AUTHORITY.issue(names=(LOOPBACK,)), tmp_path)
+    async with serving(script, tls=tls) as url, Pool(url, tls=client_tls) as pool:
+        answer = await pool.request(b"PUT", b"/", body=[bytes(64 << 20)], deadline=soon())
+        assert (answer.status, answer.body) == (403, b"no")
+        assert pool.connected == 0
+
+
+async def test_a_body_over_tls_that_ends_with_its_farewell(tmp_path: Path, client_tls: ssl.SSLContext) -> None:
+    """The connection itself stays open: what TLS says is the end."""
+
+    async def script(client: Client) -> None:
+        await client.request()
+        await client.say(b"HTTP/1.1 200 OK\r\n\r\nall of it")
+        await client.farewell()
+        await client.gone()
+
+    tls = context_of(AUTHORITY.issue(names=(LOOPBACK,)), tmp_path)
+    async with serving(script, tls=tls) as url, Pool(url, tls=client_tls) as pool:
+        assert await ask(pool) == b"all of it"
+        assert pool.connected == 0
+
+
+async def test_what_is_damaged_on_the_way_is_an_error(tmp_path: Path, client_tls: ssl.SSLContext) -> None:
+    async def script(client: Client) -> None:
+        await client.request()
+        await client.say(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n" + bytes(50_000))
+        await client.say_unencrypted(b"\x17\x03\x03\x00\x40" + bytes(64))  # a record, by its head
+        await client.gone()
+
+    tls = context_of(AUTHORITY.issue(names=(LOOPBACK,)), tmp_path)
+    async with serving(script, tls=tls) as url, Pool(url, tls=client_tls) as pool:
+        with pytest.raises(BrokenError, match=r"(bad record mac|decryption failed).*; a part of the answer had come"):
+            await pool.request(b"GET", b"/", into=(place(100_000),), deadline=soon())
 
 
 @pytest.mark.parametrize(
@@ -776,10 +842,14 @@ async def test_bodies_over_tls(tmp_path: Path, row: int) -> None:
     ],
 )
 async def test_a_certificate_that_is_not_believed(
-    tmp_path: Path, names: tuple[x509.GeneralName, ...], days: tuple[float, float], authority: Authority
+    tmp_path: Path,
+    client_tls: ssl.SSLContext,
+    names: tuple[x509.GeneralName, ...],
+    days: tuple[float, float],
+    authority: Authority,
 ) -> None:
     tls = context_of(authority.issue(names=names, days=days), tmp_path)
-    async with serving(always(ok()), tls=tls) as url, Pool(url, tls=believing()) as pool:
+    async with serving(always(ok()), tls=tls) as url, Pool(url, tls=client_tls) as pool:
         with pytest.raises(UntrustedError, match=r"certificate verify failed.*; nothing was sent"):
             await ask(pool)
 
@@ -802,7 +872,7 @@ async def test_a_server_without_tls() -> None:
             await ask(pool)
 
 
-async def test_a_body_over_tls_that_is_cut_off_is_not_complete(tmp_path: Path) -> None:
+async def test_a_body_over_tls_that_is_cut_off_is_not_complete(tmp_path: Path, client_tls: ssl.SSLContext) -> None:
     """Without the farewell of TLS, the end of the connection is not the end of the body."""
 
     async def script(client: Client) -> None:
@@ -812,6 +882,6 @@ async def test_a_body_over_tls_that_is_cut_off_is_not_complete(tmp_path: Path) -
         client.reset()
 
     tls = context_of(AUTHORITY.issue(names=(LOOPBACK,)), tmp_path)
-    async with serving(script, tls=tls) as url, Pool(url, tls=believing()) as pool:
+    async with serving(script, tls=tls) as url, Pool(url, tls=client_tls) as pool:
         with pytest.raises(BrokenError, match="a part of the answer had come"):
             await ask(pool)

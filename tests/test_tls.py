@@ -490,3 +490,135 @@ def test_what_openssl_does_not_take_is_named() -> None:
         with pytest.raises(BackendError, match=f"does not take the {what}: ."):
             Context(*[text if at == place else one for at, one in enumerate(good)])
     assert tls.live() == before
+
+
+# ---- connections of Python's ssl ----------------------------------------------------------------------------------
+
+CIPHERS = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256")
+
+
+def python_context(folder: Path) -> ssl.SSLContext:
+    """Give the context of a server that takes what the client likes best."""
+    (folder / "pem").write_bytes(THEIRS.key + THEIRS.certificate)
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(folder / "pem")
+    made.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
+    return made
+
+
+@pytest.fixture(name="agreed")
+def agreed_fixture(tmp_path: Path, ends: Ends) -> tuple[tls.Records, ssl.SSLSocket]:
+    """A connection that Python's ssl has agreed on, taken over on the client's side; and the server's."""
+    return agree(ends, python_context(tmp_path), {})
+
+
+def agree(ends: Ends, server: ssl.SSLContext, options: dict[str, int]) -> tuple[tls.Records, ssl.SSLSocket]:
+    client = ssl.create_default_context(cadata=AUTHORITY.pem.decode())
+    client.check_hostname = False
+    right, left = ends.python(client), ends.python(server, server=True)
+    records = tls.records_of(right, **options)
+    assert records is not None
+    for side in (right, left):
+        side.setblocking(True)
+    thread = threading.Thread(target=left.do_handshake)
+    thread.start()
+    right.do_handshake()
+    thread.join()
+    right.setblocking(False)
+    records.begin()
+    return records, left
+
+
+def test_of_ciphers_that_nobody_chose_the_fastest_is_asked_for(agreed: tuple[tls.Records, ssl.SSLSocket]) -> None:
+    records, _ = agreed
+    usual = [each["name"] for each in ssl.create_default_context().get_ciphers()][:3]
+    if tuple(usual) != CIPHERS:
+        pytest.skip(f"OpenSSL is configured to want {usual}")
+    assert records.cipher() == "TLS_AES_128_GCM_SHA256"
+    records.close()
+
+
+def test_rows_are_sent_in_full_records_and_filled_from_them(agreed: tuple[tls.Records, ssl.SSLSocket]) -> None:
+    records, server = agreed
+    data = os.urandom(200_000)
+    rows = [memoryview(data)[at : at + 1000] for at in range(0, 200_000, 1000)]
+    assert records.write(rows) == 200_000
+    assert not records.unsent
+    found, sizes = b"", []
+    while len(found) < 200_000:
+        piece = server.recv(1 << 20)
+        found += piece
+        sizes.append(len(piece))
+    assert found == data
+    assert sizes == [16384] * 12 + [200_000 - 12 * 16384]
+    server.sendall(data[:100_000])
+    place = memoryview(bytearray(100_001))
+    got = 0
+    while got < 100_000:
+        with contextlib.suppress(BlockingIOError):
+            got += records.read_into([place[at : min(at + 777, 100_001)] for at in range(got, 100_001, 777)][:256])
+    assert place[:100_000] == data[:100_000]
+    assert (records.pending, records.over) == (False, False)
+    records.close()
+
+
+def test_what_the_socket_has_no_room_for_waits(agreed: tuple[tls.Records, ssl.SSLSocket]) -> None:
+    records, server = agreed
+    data = memoryview(os.urandom(MIB))
+    sent = 0
+    while not records.unsent:
+        sent += records.write([data])
+    assert records.write([data]) == 0
+    found = 0
+    while found < sent:
+        found += len(server.recv(1 << 20))
+        records.write([])
+    assert found == sent
+    assert not records.unsent
+    records.close()
+
+
+def test_the_key_for_sending_is_replaced_here_too(tmp_path: Path, ends: Ends) -> None:
+    records, server = agree(ends, python_context(tmp_path), {"rekey": 100_000})
+    for _ in range(4):
+        assert records.write([memoryview(bytes(100_000))]) == 100_000
+        found = 0
+        while found < 100_000:
+            found += len(server.recv(1 << 20))
+    assert records.updates == 3
+    records.close()
+
+
+def test_who_takes_no_more_may_have_said_why(agreed: tuple[tls.Records, ssl.SSLSocket]) -> None:
+    records, server = agreed
+    server.sendall(b"enough")
+    server.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(OSError, match="Broken pipe|Connection reset"):
+        while True:
+            records.write([memoryview(bytes(100_000))])
+    assert records.read(100) == b"enough"
+    with pytest.raises(OSError, match="without the end that TLS announces"):
+        records.read(100)
+    records.close()
+
+
+def test_what_is_closed_is_not_used(agreed: tuple[tls.Records, ssl.SSLSocket]) -> None:
+    records, _ = agreed
+    with pytest.raises(ClosedError, match="begun before"):
+        records.begin()
+    records.close()
+    records.close()
+    with pytest.raises(ClosedError, match="was closed"):
+        records.read(1)
+
+
+def test_a_connection_is_left_to_the_kernel_where_a_context_says_so(ends: Ends) -> None:
+    client = ssl.create_default_context()
+    client.check_hostname = False
+    client.options |= 1 << 3  # ssl.OP_ENABLE_KTLS, of Python 3.12
+    assert tls.records_of(ends.python(client)) is None
+
+
+def test_what_is_no_connection_of_python_is_not_taken_over() -> None:
+    with pytest.raises(ClosedError, match="cannot be begun"):
+        tls.Records(object(), 0, 1).begin()
