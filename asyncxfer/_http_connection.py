@@ -20,7 +20,7 @@ from ._errors import PeerLostError, TransferError, TransferTimeout
 from ._http_codec import Head, Malformed
 from ._http_incoming import Answer, Incoming, Misfit
 from ._http_pieces import Pieces
-from ._http_streams import Stream
+from ._http_streams import PIECE, Stream
 
 __all__ = [
     "BrokenError",
@@ -357,9 +357,11 @@ class Connection:
         more = True
         while not (incoming.done or self._behind):
             if incoming.direct:
-                n, more = stream.receive_into(incoming.targets(budget, _PIECES))
+                targets = incoming.targets(budget, _PIECES)
+                n, more = stream.receive_into(targets)
                 if n:
                     incoming.received(n)
+                budget -= max(0, len(targets) * PIECE - n)
             else:
                 data, more = stream.receive(incoming.ask)
                 n = len(data)

@@ -18,8 +18,10 @@ from . import _sockets
 from ._fast import tls
 from ._http_pieces import Pieces
 
-__all__ = ["Stream", "encrypt", "plain"]
+__all__ = ["PIECE", "Stream", "encrypt", "plain"]
 
+#: A piece takes as long as so many bytes, if it has fewer.
+PIECE = 1 << 10
 _RECORD = 16 << 10  # bytes, of TLS
 _PIECES = 256  # a call
 
@@ -71,9 +73,10 @@ class _Plain:
     def send(self, outgoing: Pieces) -> None:
         budget = self.turn
         while outgoing.left and budget > 0:
-            n = self._sock.sendmsg(outgoing.upcoming(budget, _PIECES), (), socket.MSG_NOSIGNAL)
+            pieces = outgoing.upcoming(budget, _PIECES)
+            n = self._sock.sendmsg(pieces, (), socket.MSG_NOSIGNAL)
             outgoing.advance(n)
-            budget -= n
+            budget -= max(n, len(pieces) * PIECE)
 
     def receive(self, most: int) -> tuple[bytes, bool]:
         data = self._sock.recv(most)
@@ -118,7 +121,7 @@ class _Python:
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
                 raise BlockingIOError from error
             outgoing.advance(n)
-            budget -= n
+            budget -= max(n, len(pieces) * PIECE)
 
     def receive(self, most: int) -> tuple[bytes, bool]:
         try:
@@ -166,9 +169,10 @@ class _Native:
     def send(self, outgoing: Pieces) -> None:
         budget = self.turn
         while True:
-            n = self._records.write(outgoing.upcoming(budget, _PIECES))
+            pieces = outgoing.upcoming(budget, _PIECES)
+            n = self._records.write(pieces)
             outgoing.advance(n)
-            budget -= n
+            budget -= max(n, len(pieces) * PIECE)
             if not outgoing.left or budget <= 0 or self._records.unsent:
                 return
 

@@ -328,6 +328,20 @@ def test_bytes_repeat_where_the_file_of_the_null_server_ends(null: NullServer) -
     assert answer.body == content(first, 100)
 
 
+def test_the_null_server_says_the_same_over_https(tmp_path: Path, certified: Certified) -> None:
+    both = tmp_path / "both.pem"
+    both.write_bytes(certified.certificate.read_bytes() + certified.key.read_bytes())
+    tls = certified.client_context()
+    with NullServer(both) as server:
+        place = server.url.removeprefix("https://")
+        with contextlib.closing(http.client.HTTPSConnection(place, timeout=10, context=tls)) as client:
+            for first, size in ((0, 5), (0, 70_000), ((16 << 20) - 11, 100_000)):
+                client.request("GET", f"/b/{1 << 40}", headers={"Range": f"bytes={first}-{first + size - 1}"})
+                assert client.getresponse().read() == content(first, size)
+                client.request("PUT", "/b/x", bytes(size))
+                assert client.getresponse().read() == b""
+
+
 def test_who_does_not_speak_http_is_sent_away_by_the_null_server(null: NullServer) -> None:
     with socket.create_connection(("127.0.0.1", int(null.url.rpartition(":")[2])), timeout=10) as sock:
         sock.sendall(b"nonsense\r\n\r\n")

@@ -31,6 +31,8 @@ from asyncxfer._http import (
     Progress,
     UntrustedError,
 )
+from asyncxfer._http_pieces import Pieces
+from asyncxfer._http_streams import PIECE, plain
 
 SEA = os.urandom(3 << 20)
 FAR = 60.0  # seconds: a deadline that is no part of the test
@@ -100,6 +102,18 @@ async def test_a_body_is_sent_in_rows(row: int) -> None:
         await pool.request(b"PUT", b"/b/k", [(b"x-a", b"b")], body=[b"", *rows], deadline=soon())
         head = b"PUT /b/k HTTP/1.1\r\nhost: %b\r\ncontent-length: %d\r\nx-a: b\r\n\r\n"
         assert got == [head % (pool.host, len(body)), body]
+
+
+async def test_a_turn_is_short_however_small_the_rows() -> None:
+    """What is sent in a turn of the loop is bounded by bytes and by rows."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.setblocking(False)
+        stream = plain(ours)
+        body = Pieces([memoryview(b"x")] * 10_000)
+        stream.send(body)
+        assert 0 < body.passed <= stream.turn // PIECE
+        stream.close()
 
 
 async def test_memory_of_other_types_is_taken_by_its_bytes() -> None:

@@ -566,15 +566,16 @@ def test_what_the_socket_has_no_room_for_waits(agreed: tuple[tls.Records, ssl.SS
     records, server = agreed
     data = memoryview(os.urandom(MIB))
     sent = 0
-    while not records.unsent:
-        sent += records.write([data])
-    assert records.write([data]) == 0
+    while took := records.write([data]):
+        sent += took
+    assert records.unsent
     found = 0
     while found < sent:
         found += len(server.recv(1 << 20))
         records.write([])
     assert found == sent
-    assert not records.unsent
+    assert records.write([data[:1]]) == 1
+    assert server.recv(1) == data[:1]
     records.close()
 
 
@@ -593,9 +594,13 @@ def test_who_takes_no_more_may_have_said_why(agreed: tuple[tls.Records, ssl.SSLS
     records, server = agreed
     server.sendall(b"enough")
     server.shutdown(socket.SHUT_RDWR)
-    with pytest.raises(OSError, match="Broken pipe|Connection reset"):
-        while True:
+    refused = None
+    while refused is None:
+        try:
             records.write([memoryview(bytes(100_000))])
+        except OSError as error:
+            refused = error
+    assert isinstance(refused, ConnectionError)
     assert records.read(100) == b"enough"
     with pytest.raises(OSError, match="without the end that TLS announces"):
         records.read(100)
