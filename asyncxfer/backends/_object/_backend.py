@@ -263,7 +263,7 @@ class ObjectBackend(Backend):
         flight = Flight(
             prepared, opened.store, opened.objects.exists, completion, self.config, thread, opened.leave, self.name
         )
-        completion.post(flight.stop, len(prepared.chunks))
+        completion.post(flight.stop, prepared.chunks)
         thread.call(flight.start)
 
     async def aclose(self) -> None:

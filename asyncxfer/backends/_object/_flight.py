@@ -114,7 +114,7 @@ class Flight:
             await (self._upload if large else self._write)(span)
         else:
             await (self._download if large else self._read)(span)
-        for chunk in self._work.chunks[span.first : span.last].tolist():
+        for chunk in self._work.numbers(span):
             self._completion.advance(0, chunk)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar, TypeVarTuple
@@ -23,6 +24,8 @@ class IoThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self._called: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._woken = False
         self._thread = threading.Thread(target=self._run, name="axf-object", daemon=True)
         self._thread.start()
 
@@ -36,8 +39,17 @@ class IoThread:
             self.loop.close()
 
     def call(self, call: Callable[[*_Ts], object], *args: *_Ts) -> None:
-        """Have something called there, from any thread."""
-        self.loop.call_soon_threadsafe(call, *args)
+        """Have something called there, from any thread. It is woken once for many."""
+        self._called.append((call, args))
+        if not self._woken:
+            self._woken = True
+            self.loop.call_soon_threadsafe(self._call_all)
+
+    def _call_all(self) -> None:
+        self._woken = False  # before it looks: who comes later wakes it again
+        for _ in range(len(self._called)):
+            call, args = self._called.popleft()
+            call(*args)
 
     def run(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Have something run there, from any thread."""
