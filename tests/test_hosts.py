@@ -285,14 +285,20 @@ def test_nothing_is_left() -> None:
 def test_what_a_killed_run_left_is_removed() -> None:
     if reason := missing():
         pytest.skip(reason)
-    program = "import os, signal, hosts; hosts.Hosts().__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
-    folder = Path(hosts_module.__file__).parent
-    with subprocess.Popen([sys.executable, "-c", program], cwd=folder) as process:
-        assert process.wait(20) == -signal.SIGKILL
-    theirs = f"axf-{process.pid}-"
-    assert any(name.startswith(theirs) for name in os.listdir("/run/netns"))
+    program = """if True:
+        import os, signal, hosts
+        hosts.Hosts().__enter__()
+        print(*[name for name in os.listdir("/run/netns") if name.startswith(f"axf-{os.getpid()}-")], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(hosts_module.__file__).parent,
+        stdout=subprocess.PIPE, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    theirs = set(ran.stdout.split())
+    assert (ran.returncode, len(theirs)) == (-signal.SIGKILL, 3)
     with Hosts(1):
-        assert not any(name.startswith(theirs) for name in os.listdir("/run/netns"))
+        assert theirs.isdisjoint(os.listdir("/run/netns"))
 
 
 @pytest.mark.parametrize(
