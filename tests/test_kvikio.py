@@ -66,9 +66,11 @@ def script(code: str, *arguments: str) -> str:
 @needs_kvikio
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("part", ["not TestContract", "TestContract"])
-def test_over_the_stub(stub: str, part: str) -> None:
-    suite = str(HERE / "kvikio_suite.py")
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", suite, "-k", part, LIBCUDA_STUB=stub)
+def test_over_the_stub(stub: str, part: str, pytestconfig: pytest.Config) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "-k", part]
+    if part != "TestContract" and pytestconfig.getoption("--one-loop"):
+        options.append("--one-loop")
+    done = run("-m", "pytest", str(HERE / "kvikio_suite.py"), *options, LIBCUDA_STUB=stub)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
