@@ -3,25 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
+import os
+import socket
 import stat
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
-from servers import REGION
+from fault_proxy import (
+    Fault,
+    FaultProxy,
+    Flip,
+    Length,
+    Reset,
+    Stall,
+    Truncate,
+    expired_token,
+    internal_error,
+    slow_down,
+)
+from servers import REGION, Identity, S3Server, plain_request
 
-from asyncxfer import RegistrationError
-from asyncxfer._errors import ObjectError
+from asyncxfer import (
+    ChecksumError,
+    Config,
+    ObjectError,
+    ObjectExistsError,
+    ObjectMissingError,
+    RegistrationError,
+    TransferTimeout,
+)  # fmt: skip
+from asyncxfer._fast.crc64 import crc64nvme
+from asyncxfer.backends._object._store import Read
 from asyncxfer.backends._s3_sdk import Account, Credentials
+from asyncxfer.backends._s3_sdk_store import SdkStore
 
 pytest.importorskip("aiobotocore", reason="aiobotocore is not installed: pip install 'asyncxfer[s3]'")
 
+DATA = os.urandom(1 << 20) + b"more"
 BUCKET = "a-bucket"
 KEYS = {"aws_access_key_id": "an-id", "aws_secret_access_key": "a-secret"}
 
@@ -29,8 +57,6 @@ KEYS = {"aws_access_key_id": "an-id", "aws_secret_access_key": "a-secret"}
 @pytest.fixture(autouse=True)
 def only_what_the_test_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The SDK looks into files and the environment: what is there is the test's."""
-    import os
-
     for name in os.environ:
         if name.startswith("AWS_") or name.lower().endswith("_proxy") or name == "REQUESTS_CA_BUNDLE":
             monkeypatch.delenv(name)
@@ -192,14 +218,14 @@ async def test_credentials_of_an_instance_are_asked_of_it(metadata: Metadata, mo
 
 
 async def test_credentials_of_a_program_are_renewed_once_before_they_expire(program: Callable[[float], Path]) -> None:
-    asked = program(6.0)
+    asked = program(5.0)
     async with opened() as account:
         given = first = await account.credentials()
         times = len(asked.read_text().splitlines())
         while given is first:
             assert first is not None
             await asyncio.sleep(0.01)
-            given = await account.credentials()
+            given, *_ = await asyncio.gather(*(account.credentials() for _ in range(50)))
         assert given == Credentials(f"id-{times + 1}", "secret", "token")
     assert len(asked.read_text().splitlines()) == times + 1
 
@@ -217,7 +243,7 @@ async def test_fifty_that_wait_for_credentials_ask_once(program: Callable[[float
 async def test_credentials_that_cannot_be_renewed_are_given_until_they_expire(
     program: Callable[[float], Path], tmp_path: Path
 ) -> None:
-    program(4.0)
+    program(3.0)
     async with opened() as account:
         first = await account.credentials()
         (tmp_path / "program").unlink()
@@ -388,7 +414,7 @@ def soon() -> float:
 
 def rows(data: bytes, count: int = 3) -> list[memoryview]:
     """The same bytes as pieces of memory."""
-    step = -(-len(data) // count)
+    step = max(1, -(-len(data) // count))
     return [memoryview(data)[at : at + step] for at in range(0, len(data), step)]
 
 
@@ -409,6 +435,7 @@ async def got(made: SdkStore, key: str, nbytes: int, offset: int = 0, **how: Any
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_bytes_come_back_as_they_were_put(s3: S3Server, bucket: str, scheme: str) -> None:
     async with store(s3, bucket, url=s3.url if scheme == "http" else s3.https_url) as made:
+        etag = ""
         for data in (b"", b"x", DATA):
             etag = await made.write("a key/ü", rows(data), exists="replace", deadline=soon())
             assert await got(made, "a key/ü", len(data), crc=True) == (data, Read(etag, len(data), crc64nvme(data)))
@@ -510,7 +537,9 @@ async def test_refusals_name_the_object_the_request_and_what_to_do(s3: S3Server,
         for missing in (
             got(made, "missing", 1), got(made, "missing", 1, whole=False), made.head("missing", deadline=soon()),
         ):  # fmt: skip
-            with pytest.raises(ObjectMissingError, match=rf"of s3://{bucket}/missing: there is no.*; check the key") as no:
+            with pytest.raises(
+                ObjectMissingError, match=rf"of s3://{bucket}/missing: there is no.*; check the key"
+            ) as no:
                 await missing
             assert (no.value.status, no.value.url) == (404, f"s3://{bucket}/missing")
             assert no.value.request_id
@@ -541,18 +570,67 @@ async def test_an_endpoint_that_does_not_answer_is_an_error_in_time(s3: S3Server
             await made.head("key", deadline=soon())
 
 
-@pytest.mark.parametrize("fault", ["truncate", "flip"])
-async def test_a_body_that_is_harmed_is_made_good_or_an_error(s3: S3Server, bucket: str, fault: str) -> None:
+FAULTS: list[Fault] = [
+    Truncate(after=500_000),
+    Reset(after=500_000), Reset(reaches_server=False), Flip(at=500_000), Length(by=9), Length(by=-9),
+    Stall(after=500_000), internal_error(), slow_down(),
+]  # fmt: skip
+
+
+async def test_a_body_that_is_harmed_is_made_good(s3: S3Server, bucket: str) -> None:
     with FaultProxy(s3.url) as proxy:
-        async with store(s3, bucket, url=proxy.url, object_attempts=3) as made:
+        async with store(s3, bucket, url=proxy.url, object_attempts=4, object_attempt_timeout=1.0) as made:
             await made.write("key", rows(DATA), exists="replace", deadline=soon())
-            harm = Truncate(at=500_000) if fault == "truncate" else Flip(at=500_000)
-            for whole in (True, False):
-                proxy.next(harm)
-                assert (await got(made, "key", len(DATA), whole=whole, verify=True))[0] == DATA
+            for fault in FAULTS:
+                for whole in (True, False):
+                    proxy.next(fault)
+                    data, _ = await got(made, "key", len(DATA), whole=whole, verify=True)
+                    assert data == DATA, (fault, whole)
 
 
-async def test_expired_credentials_are_replaced_once(
-    s3: S3Server, bucket: str, program: Callable[[float], Path]
+async def test_a_body_that_is_always_harmed_is_an_error(s3: S3Server, bucket: str) -> None:
+    with FaultProxy(s3.url) as proxy:
+        async with store(s3, bucket, url=proxy.url, object_attempts=2) as made:
+            await made.write("key", rows(DATA), exists="replace", deadline=soon())
+            proxy.always(Flip(at=500_000))
+            with pytest.raises(ChecksumError, match=rf"get of s3://{bucket}/key: their CRC64NVME"):
+                await got(made, "key", len(DATA))
+            proxy.always(Truncate(after=0))
+            with pytest.raises(ObjectError, match=rf"get of s3://{bucket}/key: no attempt was right; the last"):
+                await got(made, "key", len(DATA))
+            proxy.always(None)
+
+
+async def test_a_write_whose_answer_is_lost_is_a_success(s3: S3Server, bucket: str) -> None:
+    with FaultProxy(s3.url) as proxy:
+        async with store(s3, bucket, url=proxy.url) as made:
+            proxy.next(internal_error(reaches_server=True))
+            etag = await made.write("key", rows(DATA), exists="error", deadline=soon())
+            assert (await made.head("key", deadline=soon())).etag == etag
+
+            upload = await made.begin("parts", deadline=soon())
+            part = await made.part("parts", upload, 1, rows(DATA), deadline=soon())
+            proxy.next(internal_error(reaches_server=True))
+            etag = await made.complete("parts", upload, [part], exists="replace", deadline=soon())
+            assert (await made.head("parts", deadline=soon())).etag == etag
+
+
+async def test_credentials_that_have_expired_are_replaced_once(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pass
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-old-one")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an-old-one")
+    with FaultProxy(s3.url) as proxy:
+        async with opened(bucket, endpoint_url=proxy.url, region_name=REGION) as account:
+            made = await SdkStore.open(account, Config())
+            try:
+                proxy.next(expired_token())
+                monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.admin.access_key)
+                monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.admin.secret_key)
+                assert await made.write("key", rows(b"x"), exists="replace", deadline=soon())
+                proxy.always(expired_token())
+                with pytest.raises(ObjectError, match="get new credentials") as caught:
+                    await made.write("key", rows(b"x"), exists="replace", deadline=soon())
+                assert caught.value.code == "ExpiredToken"
+            finally:
+                await made.aclose()

@@ -36,6 +36,8 @@ _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "
 _CONFLICT = frozenset({"ConditionalRequestConflict", "OperationAborted"})
 _GONE = frozenset({"NoSuchUpload", "404", "NotFound"})
 _WEAK = frozenset({"InternalError", "SlowDown", "ServiceUnavailable"})
+#: What an answer about one key would have had, where one about many says it.
+_STATUS = {"AccessDenied": 403, "InternalError": 500, "ServiceUnavailable": 503, "SlowDown": 503}
 _PIECE = 1 << 20  # bytes that are received, or compared, at once
 _AT_ONCE = 1 << 20  # bytes; larger bodies are handed over in pieces
 _PAGE = 1000  # keys a request, of those that are deleted
@@ -176,7 +178,7 @@ class SdkStore:
             if tries >= self._most:
                 if _is_damage(broken):
                     self._damaged(reading.key, str(broken))
-                raise self._refusal("get", reading.key, f"the body broke off each time: {broken}")
+                raise self._refusal("get", reading.key, f"no attempt was right; the last: {broken}")
             if tries:
                 await self._wait(tries, "get", reading.key, deadline)
 
@@ -185,6 +187,9 @@ class SdkStore:
         body = answer["Body"]
         try:
             misfit = reading.take(answer)
+            if misfit and not reading.certain:
+                reading.restart()
+                return EOFError(misfit)
             if misfit:
                 status = answer["ResponseMetadata"]["HTTPStatusCode"]
                 request_id = _request_id(answer)
@@ -397,10 +402,10 @@ class SdkStore:
                 return
             first = failed[0]
             if tries == self._most or any(row.get("Code") not in _WEAK for row in failed):
+                code = str(first.get("Code", ""))
                 raise self._refusal(
-                    "delete", str(first.get("Key")), str(first.get("Message", "the store refused")),
-                    status=answer["ResponseMetadata"]["HTTPStatusCode"], code=str(first.get("Code", "")),
-                    request_id=_request_id(answer),
+                    "delete", str(first.get("Key")), str(first.get("Message", "the store refused")).rstrip("."),
+                    status=_STATUS.get(code, 200), code=code, request_id=_request_id(answer),
                 )  # fmt: skip
             keys = [row["Key"] for row in failed]
             await self._wait(tries, "delete", keys[0], deadline)
@@ -571,7 +576,8 @@ class _Reading:
         self.whole = whole
         self.wanted = wanted
         self.etag = ""
-        self.length = 0
+        self.length = -1
+        self.certain = False
         self.got = 0
         self.claim: _Claim | None = None
         self.proved = False  # by the SDK
@@ -603,8 +609,10 @@ class _Reading:
     def take(self, answer: dict[str, Any]) -> str:
         """Look at what an answer says of its body; why it is not what was asked for, where it is not."""
         length, found = int(answer["ContentLength"]), _RANGE.fullmatch(answer.get("ContentRange") or "")
+        self.certain = True
         if self.whole and not self.got:
-            self.length = length
+            # Nothing but the length of the body says so, and that may have been changed on its way.
+            self.certain, self.length = length == self.length, length
             if length != self.size:
                 return f"the object has {length} bytes, and {self.size} were expected"
             self._claimed(answer)
@@ -616,6 +624,7 @@ class _Reading:
             if self.length < stop:
                 return f"the object has {self.length} bytes, and those from {self.offset} to {stop} were wanted"
             if (first, last + 1, length) != (self.offset + self.got, stop, stop - self.offset - self.got):
+                self.certain = False
                 return f"the store answers with another range: {found[0]}, and {length} bytes"
         self.etag = str(answer.get("ETag", ""))
         return ""
