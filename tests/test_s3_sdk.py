@@ -121,6 +121,10 @@ class Metadata:
             def do_PUT(self) -> None:
                 self.tell()
 
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.tell()
+
             def tell(self) -> None:
                 metadata.asked.append(self.path)
                 body = metadata.answer(self.path)
@@ -136,6 +140,13 @@ class Metadata:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def answer(self, path: str) -> bytes:
+        if path == "/":
+            return (
+                "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
+                "<AccessKeyId>id-web</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>"
+                f"<SessionToken>token</SessionToken><Expiration>{until(self.lifetime)}</Expiration>"
+                "</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+            ).encode()
         if path.endswith("/token"):
             return b"a-token"
         if path.endswith("/security-credentials/"):
@@ -215,6 +226,17 @@ async def test_credentials_of_an_instance_are_asked_of_it(metadata: Metadata, mo
         given = await account.credentials()
         assert given == Credentials("id-3", "secret", "token")
         assert metadata.asked[-1].endswith("/security-credentials/a-role")
+
+
+async def test_credentials_of_a_role_are_exchanged_for_a_token(
+    metadata: Metadata, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("a-token")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/one")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", metadata.url)
+    async with opened(region_name=REGION) as account:
+        assert await account.credentials() == Credentials("id-web", "secret", "token")
 
 
 async def test_credentials_of_a_program_are_renewed_once_before_they_expire(program: Callable[[float], Path]) -> None:
@@ -575,6 +597,25 @@ FAULTS: list[Fault] = [
     Reset(after=500_000), Reset(reaches_server=False), Flip(at=500_000), Length(by=9), Length(by=-9),
     Stall(after=500_000), internal_error(), slow_down(),
 ]  # fmt: skip
+
+
+async def test_nobody_is_refused_what_is_not_public(s3: S3Server, bucket: str) -> None:
+    async with opened(bucket, anonymous=True, endpoint_url=s3.url, region_name=REGION) as account:
+        made = await SdkStore.open(account, Config())
+        try:
+            with pytest.raises(ObjectError, match="403, AccessDenied"):
+                await got(made, "key", 1)
+        finally:
+            await made.aclose()
+
+
+async def test_a_proxy_is_gone_through(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultProxy(s3.url) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        async with store(s3, bucket) as made:
+            await made.write("key", rows(DATA), exists="replace", deadline=soon())
+            assert (await got(made, "key", len(DATA)))[0] == DATA
+        assert [request.method for request in proxy.requests] == ["PUT", "GET"]
 
 
 async def test_a_body_that_is_harmed_is_made_good(s3: S3Server, bucket: str) -> None:

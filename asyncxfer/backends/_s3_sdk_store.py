@@ -34,7 +34,6 @@ _CHECKSUMS = ("CRC64NVME", "CRC32C", "CRC32", "SHA256", "SHA1")
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"})
 _CONFLICT = frozenset({"ConditionalRequestConflict", "OperationAborted"})
-_GONE = frozenset({"NoSuchUpload", "404", "NotFound"})
 _WEAK = frozenset({"InternalError", "SlowDown", "ServiceUnavailable"})
 #: What an answer about one key would have had, where one about many says it.
 _STATUS = {"AccessDenied": 403, "InternalError": 500, "ServiceUnavailable": 503, "SlowDown": 503}
@@ -342,18 +341,17 @@ class SdkStore:
         """Let nothing of an upload be left."""
         tries = 0
         while True:
-            with contextlib.suppress(ObjectError):
-                await self._call("abort", key, deadline, "abort_multipart_upload", Key=key, UploadId=upload)
             try:
+                await self._call("abort", key, deadline, "abort_multipart_upload", Key=key, UploadId=upload)
                 # A part that was under way may have come behind the abortion.
                 await self._call("abort", key, deadline, "list_parts", Key=key, UploadId=upload)
                 left = self._refusal("abort", key, "parts of it are still there", advice="abort it once more")
             except ObjectError as error:
-                if error.code in _GONE or error.status == 404:
+                if error.status == 404 and error.code != "NoSuchBucket":
                     return
                 left = error
             tries += 1
-            if tries == self._most:
+            if tries == self._most or left.status == 403:
                 raise left
             await self._wait(tries, "abort", key, deadline)
 
