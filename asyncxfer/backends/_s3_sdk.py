@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import functools
 import os
 import ssl
 import time
@@ -128,6 +129,14 @@ class _Obtained(NamedTuple):
     lifetime: float | None
 
 
+@functools.lru_cache(maxsize=4)
+def _models(path: str | None) -> Any:
+    """Give what reads the SDK's descriptions of services, which takes three quarters of making a client; read once."""
+    from botocore.loaders import create_loader
+
+    return create_loader(path)
+
+
 class _Sdk:
     """The SDK as it is set up for one bucket. All of it blocks, and is called in a thread."""
 
@@ -144,6 +153,7 @@ class _Sdk:
             session_vars={"requests_ca_bundle": (None, "REQUESTS_CA_BUNDLE", None, None)},
             profile=self._options.profile_name,
         )
+        session.register_component("data_loader", _models(session.get_config_variable("data_path")))
         region = region or self._options.region_name
         if region is not None:
             session.set_config_variable("region", region)
