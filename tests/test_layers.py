@@ -37,8 +37,15 @@ RULES = {
         | {
             f"asyncxfer.backends.{part}"
             for part in (
-                "_engine", "_ranges", "_ucx_library", "_alias", "_kvikio_library", "_s3_dialect", "_s3_sdk",
-                "_s3_sdk_store", "_s3_store",
+                "_engine",
+                "_ranges",
+                "_ucx_library",
+                "_alias",
+                "_kvikio_library",
+                "_s3_dialect",
+                "_s3_sdk",
+                "_s3_sdk_store",
+                "_s3_store",
             )
         },
         frozenset({"asyncxfer._fast", "asyncxfer.backends._object"}),

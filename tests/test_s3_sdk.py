@@ -44,7 +44,8 @@ from asyncxfer import (
 )  # fmt: skip
 from asyncxfer._fast.crc64 import crc64nvme
 from asyncxfer.backends._object._store import Read
-from asyncxfer.backends._s3_sdk import Account, Credentials
+from asyncxfer.backends._s3_dialect import Credentials
+from asyncxfer.backends._s3_sdk import Account
 from asyncxfer.backends._s3_sdk_store import SdkStore
 
 pytest.importorskip("aiobotocore", reason="aiobotocore is not installed: pip install 'asyncxfer[s3]'")

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from .._errors import ObjectError, RegistrationError
+from ._s3_dialect import Credentials
 
-__all__ = ["Account", "Credentials"]
+__all__ = ["Account"]
 
 _INSTALL = "pip install 'asyncxfer[s3]'"
 _KEY = "key"  # of an object that nobody asks for
@@ -40,14 +41,6 @@ _NO_CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, choose a profile with the option profile_name, or give the "
     "option 'anonymous': True for a public bucket"
 )
-
-
-class Credentials(NamedTuple):
-    """What requests are signed with; the same object as long as nothing has changed."""
-
-    access_key: str
-    secret_key: str
-    token: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,8 +46,8 @@ class Flight:
     """
 
     def __init__(
-        self, work: Work, store: Callable[[str], Awaitable[ObjectStore]], exists: Exists, completion: Completion, config: Config, thread: IoThread,
-        left: Callable[[Awaitable[None]], None], backend: str,
+        self, work: Work, store: Callable[[str], Awaitable[ObjectStore]], exists: Exists, completion: Completion,
+        config: Config, thread: IoThread, left: Callable[[Awaitable[None]], None], backend: str,
     ) -> None:  # fmt: skip
         self._work = work
         self._find = store

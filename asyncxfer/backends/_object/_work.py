@@ -22,14 +22,14 @@ class Span(NamedTuple):
 
     Attributes
     ----------
-    index : int
-        Its place among those of the work; -1 where it has no bytes.
+    place : int
+        Among those of the work; -1 where it has no bytes.
     key : str
     offset, nbytes : int, bytes
         In the object.
     """
 
-    index: int
+    place: int
     key: str
     offset: int
     nbytes: int
@@ -75,9 +75,7 @@ class Work:
         self._keep = request.keep, memory
         self._rows = Spans(request.pairs, memory.bases, near=near, same=_same(keys))
         self.chunks = self._rows.chunks
-        self.spans = [
-            Span(index, keys[segment], offset, nbytes) for index, (segment, offset, nbytes) in enumerate(self._rows)
-        ]
+        self.spans = [_span(keys, place, *self._rows[place]) for place in range(len(self._rows))]
         if request.whole and not request.nbytes:
             self.spans = [Span(-1, key, 0, 0) for key in keys]
         if self.write:
@@ -89,11 +87,15 @@ class Work:
 
     def numbers(self, span: Span) -> list[int]:
         """The rows of a span, by their places in the stream."""
-        return self._rows.numbers(span.index) if span.index >= 0 else []
+        return self._rows.numbers(span.place) if span.place >= 0 else []
 
     def buffers(self, span: Span, start: int, nbytes: int) -> list[memoryview]:
         """The memory of a part of a span, in order: `nbytes` from `start` of the span on."""
-        return self._rows.buffers(span.index, start, nbytes, writable=not self.write) if nbytes else []
+        return self._rows.buffers(span.place, start, nbytes, writable=not self.write) if nbytes else []
+
+
+def _span(keys: tuple[str, ...], place: int, segment: int, offset: int, nbytes: int) -> Span:
+    return Span(place, keys[segment], offset, nbytes)
 
 
 def _same(keys: tuple[str, ...]) -> npt.NDArray[np.uint32] | None:
