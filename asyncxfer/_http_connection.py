@@ -63,9 +63,12 @@ class HttpError(TransferError):
         Bytes that had been received into the caller's memory.
     head : Head or None
         That of the answer, where it had come.
+    repeated : bool
+        The request had been sent twice.
     """
 
     head: Head | None = None
+    repeated: bool = False
 
     def __init__(self, message: str, *, endpoint: str, progress: Progress, nbytes: int = 0) -> None:
         super().__init__(f"{endpoint}: {message}; {progress.value}", nbytes=nbytes)
@@ -185,6 +188,7 @@ class Exchange:
             nbytes=self._into.passed if self._into is not None else 0,
         )
         error.head = self.incoming.head
+        error.repeated = self.repeated
         return error
 
     def misfit(self, error: Misfit) -> LengthError:
@@ -203,7 +207,7 @@ class Exchange:
     def succeed(self, answer: Answer) -> None:
         """Tell whoever waits."""
         if not self.future.done():
-            self.future.set_result(answer)
+            self.future.set_result(answer._replace(repeated=True) if self.repeated else answer)
 
     def fail(self, error: Exception) -> None:
         """Tell whoever waits."""
@@ -372,7 +376,8 @@ class Connection:
             budget -= n
             if budget <= 0 or not more:
                 break  # the loop tells when there is more, of what is not here yet
-        if not incoming.done and (self._behind or (more and stream.pending)):
+        # uvloop says only once that a socket has an error, which may not be seen before all has been read.
+        if not incoming.done and (self._behind or more):
             self._loop.call_soon(self._go_on, self._exchange)
 
     def _go_on(self, exchange: Exchange | None) -> None:

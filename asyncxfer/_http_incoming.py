@@ -52,12 +52,15 @@ class Answer(NamedTuple):
         What was not received into the caller's memory. Of an answer that is no success, the first `ERROR_BYTES`.
     received : int
         Bytes that were received into the caller's memory.
+    repeated : bool
+        The request was sent twice, since the first connection was found closed.
     """
 
     status: int
     headers: dict[bytes, bytes]
     body: bytes
     received: int
+    repeated: bool = False
 
 
 class Incoming:

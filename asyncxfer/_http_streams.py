@@ -37,10 +37,6 @@ class Stream(Protocol):
     def unsent(self) -> bool:
         """Whether something that is taken already waits for room in the socket: then `send` again."""
 
-    @property
-    def pending(self) -> bool:
-        """Whether bytes may be here that the loop cannot know of."""
-
     def fileno(self) -> int:
         """Give what the loop is to watch."""
 
@@ -60,12 +56,12 @@ class Stream(Protocol):
 class _Plain:
     """A socket without TLS."""
 
-    __slots__ = ("_sock", "pending", "turn", "unsent")
+    __slots__ = ("_sock", "turn", "unsent")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.turn = 256 << 10
-        self.pending = self.unsent = False
+        self.unsent = False
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -79,15 +75,12 @@ class _Plain:
             budget -= max(n, len(pieces) * PIECE)
 
     def receive(self, most: int) -> tuple[bytes, bool]:
-        data = self._sock.recv(most)
-        return data, len(data) == most
+        return self._sock.recv(most), True
 
     def receive_into(self, targets: list[memoryview]) -> tuple[int, bool]:
         if len(targets) == 1:
-            n = self._sock.recv_into(targets[0])
-            return n, n == targets[0].nbytes
-        n = self._sock.recvmsg_into(targets)[0]
-        return n, n == sum([target.nbytes for target in targets])
+            return self._sock.recv_into(targets[0]), True
+        return self._sock.recvmsg_into(targets)[0], True
 
     def close(self) -> None:
         self._sock.close()
@@ -102,10 +95,6 @@ class _Python:
         self._sock = sock
         self.turn = 64 << 10
         self.unsent = False
-
-    @property
-    def pending(self) -> bool:
-        return self._sock.pending() > 0
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -158,10 +147,6 @@ class _Native:
     @property
     def unsent(self) -> bool:
         return self._records.unsent
-
-    @property
-    def pending(self) -> bool:
-        return self._records.pending
 
     def fileno(self) -> int:
         return self._sock.fileno()

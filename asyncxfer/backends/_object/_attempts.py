@@ -110,7 +110,7 @@ class Ask:
     era : int
         The dialect's, when it was signed last.
     unsure : bool
-        An attempt was sent whose answer is not known.
+        An attempt was made of which it is not known whether it was done.
     """
 
     __slots__ = ("body", "era", "headers", "into", "key", "method", "op", "path", "query", "size", "unsure")
@@ -322,22 +322,24 @@ class Attempts:
         try:
             answer = await self._request(ask, deadline)
         except HttpError as error:
-            ask.unsure = ask.unsure or error.progress not in _UNSENT
+            ask.unsure = ask.unsure or error.repeated or error.progress is not Progress.NOTHING
             return ask.broke(error) or _broken(error)
         except TimeoutError:
             return Verdict(Act.AGAIN, "there were no credentials in time")
         finally:
             pace.give()
+        ask.unsure = ask.unsure or answer.repeated
         if 200 <= answer.status < 300:
             verdict = await ask.accept(answer)
             if verdict is None:
                 pace.well()
+            else:
+                ask.unsure = True
             return verdict
         verdict = self._dialect.judge(ask, answer)
         if verdict.act is Act.SLOWER:
             pace.slower(epoch)
-        elif answer.status >= 500:
-            ask.unsure = True
+        ask.unsure = ask.unsure or answer.status >= 500
         return ask.refused(verdict, answer)
 
     async def _request(self, ask: Ask, deadline: float) -> Answer:
@@ -428,9 +430,6 @@ class Attempts:
         told = f" ({', '.join(facts)})" if facts else ""
         advice = f"; {verdict.advice}" if verdict.advice else ""
         return f"{self.describe(ask)}: {verdict.what}{told}{advice}"
-
-
-_UNSENT = frozenset({Progress.NOTHING})
 
 
 def _broken(error: HttpError) -> Verdict:

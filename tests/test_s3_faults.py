@@ -1,0 +1,274 @@
+"""Every fault that a network and a store can have, at every request of every operation of `S3Store`.
+
+What comes is the right bytes or the right error, within the deadline; a byte that was changed is found; nothing is left
+of an upload that failed. The server is real, the proxy before it does the harm, and what was done is looked at past it.
+`FAULT_ROUNDS` is how often each fault is met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+from fault_proxy import (
+    CutUpload,
+    Fault,
+    FaultProxy,
+    Flip,
+    Length,
+    Request,
+    Reset,
+    Stall,
+    StallUpload,
+    Truncate,
+    access_denied,
+    another_region,
+    expired_token,
+    internal_error,
+    slow_down,
+)
+from s3_accounts import FixedAccount, rounds, s3_store, soon
+from servers import S3Server, plain_request
+
+from asyncxfer import ObjectError
+from asyncxfer.backends._object._store import Part
+from asyncxfer.backends._s3_store import S3Store
+
+NBYTES = 200_000
+SEA = os.urandom(NBYTES)
+LARGE = os.urandom(5 << 20)
+_names = itertools.count()
+
+
+@pytest.fixture(name="shared", scope="module")
+def shared_fixture(s3: S3Server) -> Iterator[str]:
+    """A bucket for all tests here: a new one takes a second to have room for much."""
+    with s3.bucket() as name:
+        yield name
+
+
+def place(nbytes: int) -> memoryview:
+    return memoryview(bytearray(nbytes))
+
+
+@dataclass
+class Stage:
+    """A store behind a proxy, and the same bucket past it."""
+
+    proxy: FaultProxy
+    account: FixedAccount
+    store: S3Store
+    direct: S3Store
+    s3: S3Server
+    bucket: str
+
+    def uploads(self) -> list[str]:
+        """Multipart uploads that were begun and have not ended."""
+        answer = plain_request("GET", f"{self.s3.url}/{self.bucket}?uploads=", identity=self.s3.admin)
+        assert answer.status == 200
+        return [piece.partition("<")[0] for piece in answer.body.decode().split("<UploadId>")[1:]]
+
+    async def has(self, key: str, body: bytes) -> None:
+        found = place(len(body))
+        await self.direct.read(key, 0, (found,), whole=True, verify=False, etag=None, deadline=soon())
+        assert found == body
+
+
+@contextlib.asynccontextmanager
+async def staged(s3: S3Server, bucket: str, *, scheme: str = "http", **config: object) -> AsyncIterator[Stage]:
+    tls, target = (None, s3.url) if scheme == "http" else (s3.tls, s3.https_url)
+    server_tls = None if tls is None else s3.certified.server_context()
+    with FaultProxy(target, tls=server_tls, target_tls=tls) as proxy:
+        account = FixedAccount(proxy.url, bucket, s3.admin, tls=tls)
+        async with s3_store(account, **config) as store, s3_store(FixedAccount(s3.url, bucket, s3.admin)) as direct:
+            yield Stage(proxy, account, store, direct, s3, bucket)
+
+
+# ---- operations ---------------------------------------------------------------------------------------------------
+
+
+async def get(stage: Stage, key: str) -> None:
+    await stage.direct.write(key, (memoryview(SEA),), exists="replace", deadline=soon())
+    found = place(NBYTES)
+    await stage.store.read(key, 0, (found[:99], found[99:]), whole=True, verify=False, etag=None, deadline=soon())
+    assert found == SEA
+
+
+async def get_range(stage: Stage, key: str) -> None:
+    await stage.direct.write(key, (memoryview(SEA),), exists="replace", deadline=soon())
+    found = place(NBYTES - 10)
+    await stage.store.read(key, 10, (found,), whole=False, verify=True, etag=None, deadline=soon())
+    assert found == SEA[10:]
+
+
+async def put(stage: Stage, key: str) -> None:
+    await stage.store.write(key, (memoryview(SEA),), exists="replace", deadline=soon())
+    await stage.has(key, SEA)
+
+
+async def put_new(stage: Stage, key: str) -> None:
+    assert await stage.store.write(key, (memoryview(SEA),), exists="error", deadline=soon())
+    await stage.has(key, SEA)
+
+
+async def put_parts(stage: Stage, key: str) -> None:
+    store = stage.store
+    upload = await store.begin(key, deadline=soon())
+    try:
+        parts: list[Part] = []
+        for number, body in ((1, LARGE), (2, SEA)):
+            parts.append(await store.part(key, upload, number, (memoryview(body),), deadline=soon()))
+        assert await store.complete(key, upload, parts, exists="error", deadline=soon())
+    except BaseException:
+        await store.abort(key, upload, deadline=soon())
+        raise
+    await stage.has(key, LARGE + SEA)
+
+
+async def abort(stage: Stage, key: str) -> None:
+    upload = await stage.store.begin(key, deadline=soon())
+    await stage.store.part(key, upload, 1, (memoryview(SEA),), deadline=soon())
+    try:
+        await stage.store.abort(key, upload, deadline=soon())
+    except ObjectError:
+        await stage.store.abort(key, upload, deadline=soon())
+        raise
+
+
+async def head(stage: Stage, key: str) -> None:
+    etag = await stage.direct.write(key, (memoryview(SEA),), exists="replace", deadline=soon())
+    info = await stage.store.head(key, deadline=soon())
+    assert (info.nbytes, info.etag) == (NBYTES, etag)
+
+
+async def list_(stage: Stage, key: str) -> None:
+    for part in "abc":
+        await stage.direct.write(f"{key}/{part}", (memoryview(SEA)[:9],), exists="replace", deadline=soon())
+    found = [info async for info in stage.store.list(f"{key}/", deadline=soon())]
+    assert [(info.key, info.nbytes) for info in found] == [(f"{key}/{part}", 9) for part in "abc"]
+
+
+async def delete(stage: Stage, key: str) -> None:
+    keys = [f"{key}/{part}" for part in "abc"]
+    for each in keys:
+        await stage.direct.write(each, (memoryview(SEA)[:9],), exists="replace", deadline=soon())
+    await stage.store.delete(keys, deadline=soon())
+    assert [info async for info in stage.direct.list(f"{key}/", deadline=soon())] == []
+
+
+async def delete_one(stage: Stage, key: str) -> None:
+    await stage.direct.write(key, (memoryview(SEA)[:9],), exists="replace", deadline=soon())
+    await stage.store.delete([key], deadline=soon())
+    assert [info async for info in stage.direct.list(key, deadline=soon())] == []
+
+
+async def copy(stage: Stage, key: str) -> None:
+    await stage.direct.write(key, (memoryview(SEA),), exists="replace", deadline=soon())
+    await stage.store.copy(key, f"{key}-copy", deadline=soon())
+    await stage.has(f"{key}-copy", SEA)
+
+
+class Target(NamedTuple):
+    """An operation, and which of its requests the fault meets."""
+
+    do: Callable[[Stage, str], Awaitable[None]]
+    when: Callable[[Request], bool]
+    answered: int = 0  # bytes that the body of a right answer has at least
+    sent: int = 0  # bytes that the body of the request has
+
+
+TARGETS = {
+    "get": Target(get, lambda asked: asked.method == "GET", NBYTES),
+    "get range": Target(get_range, lambda asked: asked.method == "GET", NBYTES - 10),
+    "put": Target(put, lambda asked: asked.method == "PUT", sent=NBYTES),
+    "put new": Target(put_new, lambda asked: asked.method == "PUT", sent=NBYTES),
+    "begin": Target(put_parts, lambda asked: asked.method == "POST" and "uploads=" in asked.target, 200),
+    "part": Target(put_parts, lambda asked: asked.method == "PUT" and "partNumber=2" in asked.target, sent=NBYTES),
+    "complete": Target(put_parts, lambda asked: asked.method == "POST" and "uploadId=" in asked.target, 200, 200),
+    "abort": Target(abort, lambda asked: asked.method == "DELETE" and "uploadId=" in asked.target),
+    "head": Target(head, lambda asked: asked.method == "HEAD"),
+    "list": Target(list_, lambda asked: asked.method == "GET", 500),
+    "delete": Target(delete, lambda asked: asked.method == "POST", 60, 100),
+    "delete one": Target(delete_one, lambda asked: asked.method == "DELETE"),
+    "copy": Target(copy, lambda asked: asked.method == "PUT", 100),
+}
+
+
+def faults(name: str) -> Iterator[Fault]:
+    """Give those that this request can meet."""
+    target = TARGETS[name]
+    yield Reset(reaches_server=False)
+    yield Reset()
+    yield internal_error()
+    yield internal_error(reaches_server=True)
+    yield slow_down()
+    yield slow_down(retry_after=0.05)
+    yield Stall(seconds=0.1)
+    yield expired_token()
+    yield another_region(f"region-{next(_names)}")
+    if name not in ("head", "abort", "delete one"):  # HEAD tells a length that nothing proves; the others tell none
+        yield Length(by=5)
+    if target.answered:
+        yield Length(by=-1)
+        yield Flip(at=0)
+        for after in (1, target.answered // 2):
+            yield Reset(after=after)
+            yield Truncate(after=after)
+        if target.answered == NBYTES:
+            yield Flip(at=NBYTES // 2)
+            yield Flip(at=NBYTES - 1)
+            yield Truncate(after=NBYTES - 1)
+    if target.sent:
+        yield CutUpload(after=target.sent // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [*((name, "http") for name in TARGETS), ("get", "https"), ("put", "https")]
+)
+async def test_a_fault_that_passes_does_no_harm(s3: S3Server, shared: str, name: str, scheme: str) -> None:
+    target = TARGETS[name]
+    async with staged(s3, shared, scheme=scheme) as stage:
+        for _ in rounds():
+            for fault in faults(name):
+                stage.proxy.next(fault, when=target.when)
+                try:
+                    await target.do(stage, f"{name}-{next(_names)}")
+                except Exception as error:
+                    error.add_note(f"met {fault}")
+                    raise
+                assert stage.uploads() == [], fault
+        assert stage.account.refreshed
+        assert stage.account.moves
+
+
+@pytest.mark.parametrize("name", TARGETS)
+async def test_what_stands_still_is_asked_for_again(s3: S3Server, shared: str, name: str) -> None:
+    target = TARGETS[name]
+    stalls: list[Fault] = [Stall()]
+    stalls += [Stall(after=target.answered // 2)] if target.answered else []
+    stalls += [StallUpload(after=target.sent // 2)] if target.sent else []
+    async with staged(s3, shared, object_attempt_timeout=0.3, object_attempts=9) as stage:
+        for fault in stalls:
+            for _ in rounds():
+                stage.proxy.next(fault, when=target.when)
+                await target.do(stage, f"{name}-{next(_names)}")
+                assert stage.uploads() == [], fault
+
+
+@pytest.mark.parametrize("name", TARGETS)
+async def test_a_refusal_is_told(s3: S3Server, shared: str, name: str) -> None:
+    target = TARGETS[name]
+    async with staged(s3, shared) as stage:
+        for _ in rounds():
+            stage.proxy.next(access_denied(), when=target.when)
+            with pytest.raises(
+                ObjectError, match=r"s3://.* \(403, .*request id|s3://.* \(403, Forbidden\); let"
+            ) as caught:
+                await target.do(stage, f"{name}-{next(_names)}")
+            assert caught.value.status == 403
+            assert stage.uploads() == []
