@@ -7,9 +7,11 @@ of an upload that failed. The server is real, the proxy before it does the harm,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from fault_proxy import (
     FaultProxy,
     Flip,
     Length,
+    Reply,
     Request,
     Reset,
     Stall,
@@ -32,10 +35,12 @@ from fault_proxy import (
     internal_error,
     slow_down,
 )
+from lent import until
 from s3_accounts import FixedAccount, rounds, s3_store, soon
 from servers import S3Server, plain_request
 
-from asyncxfer import ObjectError
+from asyncxfer import ChecksumError, ObjectError, TransferTimeout
+from asyncxfer.backends._object._attempts import Ask, Attempts
 from asyncxfer.backends._object._store import Part
 from asyncxfer.backends._s3_store import S3Store
 
@@ -116,18 +121,22 @@ async def put_new(stage: Stage, key: str) -> None:
     await stage.has(key, SEA)
 
 
-async def put_parts(stage: Stage, key: str) -> None:
+async def put_parts(stage: Stage, key: str, bodies: tuple[bytes, ...] = (SEA,)) -> None:
     store = stage.store
     upload = await store.begin(key, deadline=soon())
     try:
         parts: list[Part] = []
-        for number, body in ((1, LARGE), (2, SEA)):
+        for number, body in enumerate(bodies, 1):
             parts.append(await store.part(key, upload, number, (memoryview(body),), deadline=soon()))
         assert await store.complete(key, upload, parts, exists="error", deadline=soon())
     except BaseException:
         await store.abort(key, upload, deadline=soon())
         raise
-    await stage.has(key, LARGE + SEA)
+    await stage.has(key, b"".join(bodies))
+
+
+async def put_two_parts(stage: Stage, key: str) -> None:
+    await put_parts(stage, key, (LARGE, SEA))
 
 
 async def abort(stage: Stage, key: str) -> None:
@@ -188,7 +197,7 @@ TARGETS = {
     "put": Target(put, lambda asked: asked.method == "PUT", sent=NBYTES),
     "put new": Target(put_new, lambda asked: asked.method == "PUT", sent=NBYTES),
     "begin": Target(put_parts, lambda asked: asked.method == "POST" and "uploads=" in asked.target, 200),
-    "part": Target(put_parts, lambda asked: asked.method == "PUT" and "partNumber=2" in asked.target, sent=NBYTES),
+    "part": Target(put_two_parts, lambda asked: asked.method == "PUT" and "partNumber=2" in asked.target, sent=NBYTES),
     "complete": Target(put_parts, lambda asked: asked.method == "POST" and "uploadId=" in asked.target, 200, 200),
     "abort": Target(abort, lambda asked: asked.method == "DELETE" and "uploadId=" in asked.target),
     "head": Target(head, lambda asked: asked.method == "HEAD"),
@@ -252,7 +261,7 @@ async def test_what_stands_still_is_asked_for_again(s3: S3Server, shared: str, n
     stalls: list[Fault] = [Stall()]
     stalls += [Stall(after=target.answered // 2)] if target.answered else []
     stalls += [StallUpload(after=target.sent // 2)] if target.sent else []
-    async with staged(s3, shared, object_attempt_timeout=0.3, object_attempts=9) as stage:
+    async with staged(s3, shared, object_attempt_timeout=0.15, object_attempts=20) as stage:
         for fault in stalls:
             for _ in rounds():
                 stage.proxy.next(fault, when=target.when)
@@ -272,3 +281,130 @@ async def test_a_refusal_is_told(s3: S3Server, shared: str, name: str) -> None:
                 await target.do(stage, f"{name}-{next(_names)}")
             assert caught.value.status == 403
             assert stage.uploads() == []
+
+
+# ---- one by one ---------------------------------------------------------------------------------------------------
+
+
+async def test_who_is_refused_comes_again(s3: S3Server, shared: str) -> None:
+    async with staged(s3, shared, object_attempts=50) as stage:
+        for _ in rounds():
+            key = f"refused-{next(_names)}"
+            stage.proxy.refuse()
+            async with s3_store(stage.account, object_attempts=50) as store:
+                full = store.attempts.tokens
+                task = asyncio.create_task(store.write(key, (memoryview(SEA),), exists="replace", deadline=soon()))
+                await until(lambda store=store, full=full: store.attempts.tokens < full)  # type: ignore[misc]
+                stage.proxy.accept()
+                await task
+            await stage.has(key, SEA)
+        stage.proxy.refuse()
+        async with s3_store(stage.account, object_attempts=2) as store:
+            with pytest.raises(
+                ObjectError, match=rf"put of s3://{shared}/k: {stage.proxy.url}: no connection.*; check"
+            ):
+                await store.write("k", (memoryview(SEA),), exists="replace", deadline=soon())
+
+
+@pytest.mark.parametrize("name", ["get", "put", "head", "list", "complete"])
+async def test_the_deadline_holds_whatever_is_met(s3: S3Server, shared: str, name: str) -> None:
+    target = TARGETS[name]
+    async with staged(s3, shared) as stage:
+        for fault in (Stall(), internal_error()):
+            stage.proxy.always(fault, when=target.when)
+            late = stage.store.attempts
+
+            async def run(ask: Ask, deadline: float, late: Attempts = late) -> None:
+                await Attempts.run(late, ask, min(deadline, soon(0.3)))
+
+            stage.store.attempts.run = run  # type: ignore[method-assign]
+            with pytest.raises((TransferTimeout, ObjectError), match=f"s3://{shared}/"):
+                await target.do(stage, f"{name}-{next(_names)}")
+            del stage.store.attempts.run
+            stage.proxy.always(None)
+
+
+async def test_nothing_is_left_of_an_upload_whose_id_was_damaged(s3: S3Server, shared: str) -> None:
+    """It may not be seen from the answer; what was begun is found by its time when the other is aborted."""
+    async with staged(s3, shared) as stage:
+        for _ in rounds():
+            key = f"damaged-{next(_names)}"
+            body = "<InitiateMultipartUploadResult><UploadId>1_2</UploadId></InitiateMultipartUploadResult>"
+            stage.proxy.next(Reply(200, body.encode(), reaches_server=True), when=TARGETS["begin"].when)
+            upload = await stage.store.begin(key, deadline=soon())
+            assert len(stage.uploads()) == 1
+            with pytest.raises(ObjectError):
+                await stage.store.part(key, upload, 1, (memoryview(SEA),), deadline=soon())
+            await stage.store.abort(key, upload, deadline=soon())
+            assert stage.uploads() == []
+
+
+async def test_nothing_is_left_of_uploads_that_were_begun_unheard(s3: S3Server, shared: str) -> None:
+    async with staged(s3, shared, object_attempts=2) as stage:
+        key = f"unheard-{next(_names)}"
+        stage.proxy.next(Reset(), Reset(), when=TARGETS["begin"].when)
+        with pytest.raises(ObjectError, match="put of"):
+            await stage.store.begin(key, deadline=soon())
+        assert stage.uploads() == []
+        stage.proxy.next(Reset(), Reset(), when=TARGETS["begin"].when)
+        stage.proxy.always(internal_error(), when=lambda asked: asked.method == "GET")
+        with pytest.raises(ObjectError, match="put of"):
+            await stage.store.begin(key, deadline=soon())
+        assert len(stage.uploads()) == 2
+        stage.proxy.always(None)
+        await stage.store.aclose()
+        assert stage.uploads() == []
+
+
+async def test_an_upload_of_another_is_left_alone(s3: S3Server, shared: str) -> None:
+    async with staged(s3, shared) as stage:
+        key = f"shared-{next(_names)}"
+        others = await stage.direct.begin(key, deadline=soon())
+        await stage.direct.part(key, others, 1, (memoryview(SEA),), deadline=soon())
+        stage.proxy.next(Reset(), when=TARGETS["begin"].when)
+        mine = await stage.store.begin(key, deadline=soon())
+        await stage.store.abort(key, mine, deadline=soon())
+        assert stage.uploads() == [others]
+        await stage.direct.abort(key, others, deadline=soon())
+
+
+@pytest.mark.parametrize("off", [-7200.0, 7200.0])
+async def test_a_clock_that_is_off_is_corrected(s3: S3Server, shared: str, off: float) -> None:
+    async with staged(s3, shared) as stage:
+        for name in ("get", "head", "put"):
+            stage.store.dialect.skew = off
+            await TARGETS[name].do(stage, f"{name}-{next(_names)}")
+            assert abs(stage.store.dialect.skew) < 60
+
+
+async def test_credentials_that_stay_expired_are_told(s3: S3Server, shared: str) -> None:
+    async with staged(s3, shared) as stage:
+        stage.proxy.always(expired_token())
+        with pytest.raises(ObjectError, match=r"\(400, ExpiredToken, .*; get new credentials"):
+            await put(stage, "k")
+        assert stage.account.refreshed == 1
+
+
+async def test_a_region_that_is_not_found_is_told(s3: S3Server, shared: str) -> None:
+    async with staged(s3, shared) as stage:
+        stage.proxy.next(another_region("a"), another_region("b"))
+        with pytest.raises(
+            ObjectError, match=r"in region b, not a \(301, PermanentRedirect, .*; name the bucket's region"
+        ):
+            await put(stage, "k")
+        assert stage.account.moves == ["a"]
+        await put(stage, "k")
+
+
+async def test_a_server_that_is_not_trusted_is_told(s3: S3Server, shared: str) -> None:
+    account = FixedAccount(s3.https_url, shared, s3.admin, tls=ssl.create_default_context())
+    async with s3_store(account) as store:
+        with pytest.raises(ObjectError, match=r"no TLS.*; name the authority"):
+            await store.head("k", deadline=soon())
+
+
+async def test_damage_that_goes_on_is_told(s3: S3Server, shared: str) -> None:
+    async with staged(s3, shared, object_attempts=3) as stage:
+        stage.proxy.always(Flip(at=7), when=TARGETS["get"].when)
+        with pytest.raises(ChecksumError, match=r"get of s3://.*: damaged bytes.*\(200, request id \w+, 3 attempts\)"):
+            await get(stage, f"damage-{next(_names)}")

@@ -298,6 +298,7 @@ class S3Store:
     Attributes
     ----------
     attempts : Attempts
+    dialect : S3Dialect
     largest_copy, copied_part : int, bytes
         Copied by one request; copied as one part above that.
     """
@@ -309,9 +310,9 @@ class S3Store:
     copied_part: ClassVar[int] = 512 << 20
 
     def __init__(self, bucket: str, account: S3Account, config: Config) -> None:
-        self._dialect = S3Dialect(bucket, account)
-        self.attempts = Attempts(self._dialect, config)
-        self.url = self._dialect.url
+        self.dialect = S3Dialect(bucket, account)
+        self.attempts = Attempts(self.dialect, config)
+        self.url = self.dialect.url
         self._uploads: dict[str, _Upload] = {}
         self._lost: dict[str, list[_Span]] = {}  # by key: begun perhaps, with an answer that did not come
 
@@ -416,7 +417,7 @@ class S3Store:
             headers.append(_IF_NONE)
         rows = [(part.number, part.etag, part.crc if summed else None) for part in parts]
         body = _part_list(rows)
-        ask = _Completion(self._dialect, key, upload, headers=headers, body=body, size=size, exists=exists)
+        ask = _Completion(self.dialect, key, upload, headers=headers, body=body, size=size, exists=exists)
         ask.crc = crc
         await self.attempts.run(ask, deadline)
         verdict = ask.there or ask.gone
@@ -539,7 +540,7 @@ class S3Store:
         rows = "".join([f"<Object><Key>{_escaped(key)}</Key></Object>" for key in keys])
         body = f"<Delete {_XMLNS}><Quiet>true</Quiet>{rows}</Delete>".encode()
         ask = _Deletion(
-            self._dialect, "delete", keys[0], b"POST", b"/", b"delete=", root="DeleteResult", body=body,
+            self.dialect, "delete", keys[0], b"POST", b"/", b"delete=", root="DeleteResult", body=body,
             headers=[content_md5(body)], size=len(body),
         )  # fmt: skip
         await self.attempts.run(ask, deadline)
@@ -547,7 +548,7 @@ class S3Store:
     async def copy(self, source: str, target: str, *, deadline: float) -> None:
         """Copy an object within the bucket, in parts where it is large."""
         info = await self.head(source, deadline=deadline)
-        origin: _Headers = [(b"x-amz-copy-source", b"/" + self._dialect.bucket.encode() + quoted(source))]
+        origin: _Headers = [(b"x-amz-copy-source", b"/" + self.dialect.bucket.encode() + quoted(source))]
         if info.etag:
             origin.append((b"x-amz-copy-source-if-match", info.etag.encode("latin-1")))
         if info.nbytes <= self.largest_copy:
@@ -558,7 +559,7 @@ class S3Store:
         try:
             rows = await self._copied(target, upload, origin, info.nbytes, deadline)
             ask = _Completion(
-                self._dialect, target, upload, headers=[], body=_part_list(rows), size=info.nbytes, exists="replace"
+                self.dialect, target, upload, headers=[], body=_part_list(rows), size=info.nbytes, exists="replace"
             )
             await self.attempts.run(ask, deadline)
             self._uploads.pop(upload, None)
@@ -607,7 +608,7 @@ class S3Store:
     ) -> _Said:
         path = b"/" if bucket else quoted(key)
         return _Said(
-            self._dialect, op, key, method, path, query, root=root, headers=headers, size=size, optional=optional
+            self.dialect, op, key, method, path, query, root=root, headers=headers, size=size, optional=optional
         )
 
 
