@@ -392,6 +392,35 @@ async def test_the_first_may_still_win() -> None:
         assert found == BODY
 
 
+async def test_what_the_second_had_received_is_not_taken_for_the_callers() -> None:
+    both = asyncio.Event()
+    over = asyncio.Event()
+    came = 0
+
+    async def script(client: Client) -> None:
+        nonlocal came
+        asked = await client.request()
+        came += 1
+        if came == 1:
+            await both.wait()
+            await client.say(said(BODY)[: -len(BODY) + 1000])
+            await asyncio.sleep(0.05)
+            over.set()
+        elif came == 2:
+            both.set()
+            await over.wait()
+            await client.say(said(BODY)[: -len(BODY) + 8000])
+        elif b"range: bytes=" in asked:
+            at = int(asked.partition(b"bytes=")[2].partition(b"-")[0])
+            await client.say(part(at, len(BODY) - 1, len(BODY), BODY[at:]))
+        else:
+            await client.say(said(BODY))
+
+    async with attempts_with(script, object_hedge=0.02) as (attempts, _):
+        assert await whole(attempts) == BODY
+        assert came > 2
+
+
 async def test_a_hedge_takes_no_turn_from_others() -> None:
     go_on = asyncio.Event()
 

@@ -10,6 +10,7 @@ from s3_accounts import FixedAccount, s3_store, soon
 from servers import Identity, S3Server, plain_request
 
 from asyncxfer import ObjectError, ObjectExistsError, ObjectMissingError
+from asyncxfer.backends._object._store import ObjectStore
 from asyncxfer.backends._s3_store import S3Store
 
 SEA = os.urandom(6 << 20)
@@ -37,6 +38,11 @@ async def store(request: pytest.FixtureRequest, s3: S3Server, bucket: str) -> As
         account = FixedAccount(s3.https_url, bucket, s3.admin, tls=s3.tls)
     async with s3_store(account) as store:
         yield store
+
+
+def as_a_store(store: S3Store) -> ObjectStore:
+    """Hold, for a type checker, that it is one."""
+    return store
 
 
 async def whole(store: S3Store, key: str, nbytes: int) -> memoryview:
@@ -212,6 +218,15 @@ async def test_who_may_not_is_told(s3: S3Server, bucket: str, who: str, what: st
     async with s3_store(FixedAccount(s3.url, bucket, identities.get(who))) as store:
         with pytest.raises(ObjectError, match=what):
             await whole(store, "k", 3)
+
+
+async def test_what_may_not_be_deleted_is_told(s3: S3Server, bucket: str) -> None:
+    async with s3_store(FixedAccount(s3.url, bucket, s3.stranger)) as store:
+        for keys in (["k"], ["k", "l"]):
+            with pytest.raises(
+                ObjectError, match=r"delete of .*/k: .*AccessDenied.*; let these credentials do s3:Delete"
+            ):
+                await store.delete(keys, deadline=soon())
 
 
 async def test_a_missing_bucket_is_named(s3: S3Server) -> None:

@@ -227,7 +227,7 @@ class S3Dialect:
             return f"name the bucket's region: region_name is {self.region!r} now"
         if code in _ADVICE:
             return _ADVICE[code]
-        if status == 403:
+        if status == 403 or code == "AccessDenied":
             return f"let these credentials do {_PERMISSION.get(ask.op, 'this')}, or use others"
         if status == 404:
             return "check the key"

@@ -48,7 +48,7 @@ _XMLNS = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 _CHECKSUMS = ("crc64nvme", "crc32c", "crc32", "sha256", "sha1")
 _PAGE = 1000  # keys a request, of those that are listed or deleted
 _COPIES = 8  # parts of a copy under way
-_FAREWELL = 5.0  # seconds that closing may take to clean up
+_FAREWELL = 5.0  # seconds that there are for cleaning up, at least
 _SLACK = 2.0  # seconds by which the store's time of an upload may differ
 _ABORTS = 5  # times that an upload is asked whether it is gone
 _UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML cannot say
@@ -424,7 +424,8 @@ class S3Store:
         if verdict is not None:
             return await self._completed(ask, verdict, upload, size, deadline)
         self._uploads.pop(upload, None)
-        await self._sweep(key, deadline)
+        with contextlib.suppress(TransferError):  # the object is there; it is tried again at the end
+            await self._sweep(key, deadline)
         return ask.text("ETag")
 
     async def _completed(self, ask: _Completion, verdict: Verdict, upload: str, size: int, deadline: float) -> str:
@@ -437,7 +438,11 @@ class S3Store:
         return etag
 
     async def abort(self, key: str, upload: str, *, deadline: float) -> None:
-        """Let nothing of an upload be left: it is asked for until it is not known any more."""
+        """Let nothing of an upload be left: it is asked for until it is not known any more.
+
+        However near the deadline is, there are some seconds for that: it is what is done when all else has failed.
+        """
+        deadline = max(deadline, asyncio.get_running_loop().time() + _FAREWELL)
         begun = self._uploads.pop(upload, None)
         query = b"uploadId=" + _escaped_bytes(upload)
         gone = _Gone("abort", key, query)

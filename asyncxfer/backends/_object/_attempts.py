@@ -353,7 +353,7 @@ class Attempts:
         )
 
     async def _twice(self, ask: Ask, target: bytes, headers: list[Header], until: float) -> Answer:
-        """Ask, and ask again where that takes long; whatever is second ends before this does."""
+        """Ask, and ask again, into other memory, where that takes long; both have ended before bytes are copied."""
         assert ask.into is not None
         first = self._ask(ask, target, headers, ask.into, until)
         tasks = {first}
@@ -366,7 +366,7 @@ class Attempts:
                 self.tokens -= _COST
                 scratch = memoryview(bytearray(sum([view.nbytes for view in ask.into])))
                 tasks.add(self._ask(ask, target, headers, (scratch,), until))
-            answered = await _first_good(tasks)
+            answered = await _first_good(tasks, first)
         finally:
             for task in tasks:
                 task.cancel()
@@ -444,14 +444,15 @@ def _broken(error: HttpError) -> Verdict:
     return Verdict(Act.AGAIN, str(error), "check that an object store answers there", cause=cause)
 
 
-async def _first_good(tasks: set[asyncio.Task[Answer]]) -> asyncio.Task[Answer]:
-    """Give the first that has an answer which is no failure of the server, else the last."""
+async def _first_good(tasks: set[asyncio.Task[Answer]], first: asyncio.Task[Answer]) -> asyncio.Task[Answer]:
+    """Give whoever has an answer that is no failure of the server, else the first: what it has received is in place."""
     left = set(tasks)
-    while True:
+    while left:
         done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
-        good = [task for task in done if task.exception() is None and task.result().status < 500]
-        if good or not left:
-            return (good or list(done))[0]
+        for task in done:
+            if task.exception() is None and task.result().status < 500:
+                return task
+    return first
 
 
 def spread(source: memoryview, into: Sequence[memoryview]) -> None:
