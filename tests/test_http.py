@@ -466,9 +466,13 @@ def once_each(*, reset: bool, tries: list[int]) -> Script:
 async def test_a_request_that_finds_its_connection_closed_is_repeated(method: bytes, reset: bool) -> None:
     tries: list[int] = []
     async with pool_for(once_each(reset=reset, tries=tries)) as pool:
+        repeated = []
         for _ in range(3):
             body = (memoryview(SEA),) if method == b"PUT" else ()
-            assert (await pool.request(method, b"/", body=body, deadline=soon())).status == 200
+            answer = await pool.request(method, b"/", body=body, deadline=soon())
+            assert answer.status == 200
+            repeated.append(answer.repeated)
+        assert repeated == [False, True, True]
         assert tries == [0, 0, 1, 1, 2]
 
 
@@ -491,8 +495,9 @@ async def test_a_request_is_repeated_once() -> None:
 
     async with pool_for(script) as pool:
         await ask(pool)
-        with pytest.raises(BrokenError, match="closed; the request was sent"):
+        with pytest.raises(BrokenError, match="closed; the request was sent") as caught:
             await ask(pool)
+        assert caught.value.repeated
 
 
 async def test_an_answer_before_the_whole_request_is_taken() -> None:
@@ -629,6 +634,48 @@ async def test_a_deadline_in_each_phase(phase: str) -> None:
         assert caught.value.progress is PROGRESS[phase]
         if phase != "handshake":
             await fault.is_left_alone()
+
+
+async def test_what_does_not_move_is_given_up() -> None:
+    async def script(client: Client) -> None:
+        await client.request()
+        await client.say(ok(SEA, b"etag: x")[:-1000])
+        await client.gone()
+
+    async with pool_for(script) as pool:
+        with pytest.raises(LateError, match=r"nothing moved for 0\.05 s; a part of the answer had come") as caught:
+            await pool.request(b"GET", b"/", into=(place(len(SEA)),), deadline=soon(), patience=0.05)
+        assert caught.value.nbytes == len(SEA) - 1000
+        assert caught.value.head is not None
+        assert caught.value.head.headers[b"etag"] == b"x"
+
+
+async def test_what_moves_slowly_is_not_given_up() -> None:
+    async def script(client: Client) -> None:
+        await client.request()
+        for byte in ok(b"0123456789"):
+            await client.say(bytes([byte]))
+            if client.number == 0:
+                await asyncio.sleep(0.005)
+
+    async with pool_for(script) as pool:
+        answer = await pool.request(b"GET", b"/", deadline=soon(), patience=0.3)
+        assert answer.body == b"0123456789"
+
+
+@pytest.mark.parametrize("nbytes", [1, 1000, 2 << 20])
+async def test_a_connection_that_breaks_behind_bytes_is_noticed(nbytes: int) -> None:
+    """Whatever the loop says of a socket that has both bytes and an error; it may say it once."""
+
+    async def script(client: Client) -> None:
+        await client.request()
+        await client.say(ok(SEA)[: nbytes - len(SEA)])
+        client.reset()
+
+    async with pool_for(script) as pool:
+        for _ in range(20):
+            with pytest.raises(BrokenError):
+                await pool.request(b"GET", b"/", into=(place(len(SEA)),), deadline=soon(20))
 
 
 @phases
