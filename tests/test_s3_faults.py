@@ -377,6 +377,20 @@ async def test_a_clock_that_is_off_is_corrected(s3: S3Server, shared: str, off: 
             assert abs(stage.store.dialect.skew) < 60
 
 
+@pytest.mark.parametrize("name", ["copy", "complete", "delete", "list"])
+async def test_a_success_that_turns_out_to_be_none_is_asked_for_again(s3: S3Server, shared: str, name: str) -> None:
+    error = b"<Error><Key>k</Key><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+    body = b"<DeleteResult>" + error + b"</DeleteResult>" if name == "delete" else error
+    async with staged(s3, shared) as stage:
+        stage.proxy.next(Reply(200, body), when=TARGETS[name].when)
+        await TARGETS[name].do(stage, f"{name}-{next(_names)}")
+        assert stage.store.attempts.pace.limit < 64
+        stage.proxy.next(Reply(200, body.replace(b"SlowDown", b"AccessDenied")), when=TARGETS[name].when)
+        with pytest.raises(ObjectError, match=r"\(200, AccessDenied.*let these credentials do s3:"):
+            await TARGETS[name].do(stage, f"{name}-{next(_names)}")
+        assert stage.uploads() == []
+
+
 async def test_credentials_that_stay_expired_are_told(s3: S3Server, shared: str) -> None:
     async with staged(s3, shared) as stage:
         stage.proxy.always(expired_token())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator
 
 import pytest
+from http_server import Client, ok, serving
 from s3_accounts import FixedAccount, s3_store, soon
 from servers import Identity, S3Server, plain_request
 
 from asyncxfer import ObjectError, ObjectExistsError, ObjectMissingError
+from asyncxfer._config import Config
 from asyncxfer.backends._object._store import ObjectStore
-from asyncxfer.backends._s3_store import S3Store
+from asyncxfer.backends._s3_store import Credentials, S3Store
 
 SEA = os.urandom(6 << 20)
 
@@ -236,3 +239,62 @@ async def test_a_missing_bucket_is_named(s3: S3Server) -> None:
         ) as caught:
             await whole(store, "k", 3)
         assert not isinstance(caught.value, ObjectMissingError)
+
+
+# ---- what goes out ------------------------------------------------------------------------------------------------
+
+
+PAGE = b"<ListBucketResult><IsTruncated>%b</IsTruncated>%b</ListBucketResult>"
+NEXT = b"<NextContinuationToken>t</NextContinuationToken><Contents><Key>k</Key><Size>1</Size></Contents>"
+
+
+@contextlib.asynccontextmanager
+async def asked_of(
+    answer: bytes, identity: Identity | None
+) -> AsyncIterator[tuple[FixedAccount, S3Store, list[bytes]]]:
+    """A store whose bucket is a host's, which says the same to everything; and what was asked."""
+    asked: list[bytes] = []
+
+    async def script(client: Client) -> None:
+        while True:
+            asked.append(await client.request())
+            await client.say(answer)
+
+    async with serving(script) as url:
+        account = FixedAccount(url, "bucket", who)
+        account.path = ""
+        store = S3Store("bucket", account, Config())
+        yield account, store, asked
+        await store.aclose()
+
+
+async def test_a_bucket_that_the_host_names_is_not_in_the_path() -> None:
+    async with asked_of(ok(PAGE % (b"false", b"")), Identity("key", "secret")) as (_, store, asked):
+        assert [info async for info in store.list("a b", deadline=soon())] == []
+        await store.write("a b", (), exists="replace", deadline=soon())
+    assert asked[0].startswith(b"GET /?encoding-type=url&list-type=2&max-keys=1000&prefix=a%20b HTTP/1.1\r\n")
+    assert asked[1].startswith(b"PUT /a%20b HTTP/1.1\r\n")
+    assert b"SignedHeaders=host;x-amz-checksum-crc64nvme;x-amz-content-sha256;x-amz-date," in asked[1]
+
+
+async def test_who_has_no_credentials_signs_nothing() -> None:
+    async with asked_of(ok(), None) as (_, store, asked):
+        await store.write("k", (), exists="replace", deadline=soon())
+    assert b"authorization" not in asked[0]
+    assert b"x-amz-date" not in asked[0]
+
+
+async def test_a_session_token_is_sent_and_signed() -> None:
+    async with asked_of(ok(), None) as (account, store, asked):
+        account.keys = Credentials("key", "secret", "token")
+        await store.write("k", (), exists="replace", deadline=soon())
+    assert b"x-amz-security-token: token\r\n" in asked[0]
+    assert b"x-amz-security-token," in asked[0]
+
+
+async def test_a_list_without_an_end_is_an_error() -> None:
+    async with asked_of(ok(PAGE % (b"true", NEXT)), None) as (_, store, asked):
+        with pytest.raises(ObjectError, match="does not lead to the next"):
+            async for _ in store.list("", deadline=soon()):
+                pass
+    assert len(asked) == 2

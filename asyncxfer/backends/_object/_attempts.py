@@ -333,14 +333,14 @@ class Attempts:
             verdict = await ask.accept(answer)
             if verdict is None:
                 pace.well()
-            else:
-                ask.unsure = True
-            return verdict
-        verdict = self._dialect.judge(ask, answer)
-        if verdict.act is Act.SLOWER:
+                return None
+            ask.unsure = True
+        else:
+            ask.unsure = ask.unsure or answer.status >= 500
+            verdict = ask.refused(self._dialect.judge(ask, answer), answer)
+        if verdict is not None and verdict.act is Act.SLOWER:
             pace.slower(epoch)
-        ask.unsure = ask.unsure or answer.status >= 500
-        return ask.refused(verdict, answer)
+        return verdict
 
     async def _request(self, ask: Ask, deadline: float) -> Answer:
         pool = self._pool
