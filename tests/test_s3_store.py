@@ -249,9 +249,7 @@ NEXT = b"<NextContinuationToken>t</NextContinuationToken><Contents><Key>k</Key><
 
 
 @contextlib.asynccontextmanager
-async def asked_of(
-    answer: bytes, identity: Identity | None
-) -> AsyncIterator[tuple[FixedAccount, S3Store, list[bytes]]]:
+async def asked_of(answer: bytes, who: Identity | None) -> AsyncIterator[tuple[FixedAccount, S3Store, list[bytes]]]:
     """A store whose bucket is a host's, which says the same to everything; and what was asked."""
     asked: list[bytes] = []
 
