@@ -1,4 +1,7 @@
-"""Backend ``s3`` against SeaweedFS: the contract, over http and https, by our own HTTP and by the SDK."""
+"""Backend ``s3`` against SeaweedFS: the contract, over http and https, by our own HTTP and by the SDK.
+
+By default over http and by our own; ``S3_MATRIX=1`` plays all of them.
+"""
 
 from __future__ import annotations
 
@@ -56,15 +59,21 @@ class TestHttp(OnSeaweedFS):
     route = "s3:http"
 
 
+_matrix = pytest.mark.skipif(not os.environ.get("S3_MATRIX"), reason="S3_MATRIX=1 plays all ways to reach S3")
+
+
+@_matrix
 class TestHttps(OnSeaweedFS):
     route = "s3:http"
     secure = True
 
 
+@_matrix
 class TestVerified(OnSeaweedFS):
     route = "s3:http"
     checksum = True
 
 
+@_matrix
 class TestSdk(OnSeaweedFS):
     route = "s3:sdk"

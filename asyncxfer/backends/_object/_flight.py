@@ -58,7 +58,7 @@ class Flight:
         self._thread = thread
         self._left = left
         self._backend = backend
-        self._task: asyncio.Task[None] | None = None
+        self._begun: asyncio.Task[None] | None = None
         self._until = float("inf")
 
     def stop(self) -> None:
@@ -66,15 +66,16 @@ class Flight:
         self._thread.call(self._cancel)
 
     def _cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        if self._begun is not None:  # a task that is cancelled before it begins would never end the transfer
+            self._begun.cancel()
 
     def start(self) -> None:
         """Begin, in the I/O thread."""
-        self._task = self._thread.loop.create_task(self._run())
+        self._thread.loop.create_task(self._run(), name="axf-object")
 
     async def _run(self) -> None:
         completion = self._completion
+        self._begun = asyncio.current_task()
         try:
             if not completion.stopping:
                 await self._move()
@@ -88,7 +89,7 @@ class Flight:
         else:
             completion.succeed()
         finally:
-            self._task = None  # which would keep this, and this it
+            self._begun = None  # which would keep this, and this it
 
     async def _move(self) -> None:
         remaining = self._completion.remaining
