@@ -356,6 +356,21 @@ async def test_nothing_is_left_of_uploads_that_were_begun_unheard(s3: S3Server, 
         assert stage.uploads() == []
 
 
+async def test_uploads_of_one_key_at_once_leave_one_another_alone(s3: S3Server, shared: str) -> None:
+    async with staged(s3, shared) as stage:
+        key = f"together-{next(_names)}"
+        stage.proxy.next(Reset(), Stall(seconds=0.3), Reset(), when=TARGETS["begin"].when)
+        await asyncio.gather(*[put_over(stage, key) for _ in range(6)])
+        await stage.store.aclose()
+        assert stage.uploads() == []
+
+
+async def put_over(stage: Stage, key: str) -> None:
+    upload = await stage.store.begin(key, deadline=soon())
+    part = await stage.store.part(key, upload, 1, (memoryview(SEA),), deadline=soon())
+    await stage.store.complete(key, upload, (part,), exists="replace", deadline=soon())
+
+
 async def test_an_upload_of_another_is_left_alone(s3: S3Server, shared: str) -> None:
     async with staged(s3, shared) as stage:
         key = f"shared-{next(_names)}"

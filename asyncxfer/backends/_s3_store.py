@@ -20,6 +20,7 @@ import contextlib
 import email.utils
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
@@ -314,6 +315,7 @@ class S3Store:
         self.attempts = Attempts(self.dialect, config)
         self.url = self.dialect.url
         self._uploads: dict[str, _Upload] = {}
+        self._beginning: Counter[str] = Counter()  # by key
         self._lost: dict[str, list[_Span]] = {}  # by key: begun perhaps, with an answer that did not come
 
     async def aclose(self) -> None:
@@ -374,27 +376,33 @@ class S3Store:
         """Begin a multipart upload; its id."""
         headers: _Headers = [(b"x-amz-checksum-algorithm", b"CRC64NVME"), (b"x-amz-checksum-type", b"FULL_OBJECT")]
         ask = self._said("put", key, b"POST", b"uploads=", root="InitiateMultipartUploadResult", headers=headers)
-        since = time.time()
         try:
-            await self.attempts.run(ask, deadline)
+            span = await self._begun(ask, deadline)
         except TransferError:
-            if self._may_be_lost(ask, since):
-                with contextlib.suppress(TransferError):  # tried again with the next upload, and at the end
-                    await self._sweep(key, deadline)
+            with contextlib.suppress(TransferError):  # tried again with the next upload of the key, and at the end
+                await self._sweep(key, deadline)
             raise
-        except asyncio.CancelledError:
-            ask.unsure = True
-            self._may_be_lost(ask, since)
-            raise
-        self._may_be_lost(ask, since)
         upload = ask.text("UploadId")
-        self._uploads[upload] = _Upload(_Span(since, time.time()), b"x-amz-checksum-algorithm" in ask.headers_of)
+        self._uploads[upload] = _Upload(span, b"x-amz-checksum-algorithm" in ask.headers_of)
         return upload
 
-    def _may_be_lost(self, ask: Ask, since: float) -> bool:
-        if ask.unsure:
-            self._lost.setdefault(ask.key, []).append(_Span(since, time.time()))
-        return ask.unsure
+    async def _begun(self, ask: Ask, deadline: float) -> _Span:
+        """Make the request, and note where it may have been done unheard."""
+        since = time.time()
+        self._beginning[ask.key] += 1
+        try:
+            await self.attempts.run(ask, deadline)
+        except asyncio.CancelledError:
+            ask.unsure = True
+            raise
+        finally:
+            span = _Span(since, time.time())
+            self._beginning[ask.key] -= 1
+            if not self._beginning[ask.key]:
+                del self._beginning[ask.key]
+            if ask.unsure:
+                self._lost.setdefault(ask.key, []).append(span)
+        return span
 
     async def part(self, key: str, upload: str, number: int, body: Sequence[memoryview], *, deadline: float) -> Part:
         """Write one part."""
@@ -471,7 +479,7 @@ class S3Store:
         key, that was begun just then has one by now, or fails and is begun again.
         """
         lost = self._lost.get(key)
-        if lost is None:
+        if lost is None or self._beginning[key] > 0:  # one that is being begun cannot be told from one that is lost
             return
         ask = self._said(
             "abort",
@@ -482,6 +490,8 @@ class S3Store:
             bucket=True,
         )
         await self.attempts.run(ask, deadline)
+        if self._beginning[key] > 0:
+            return
         ahead = self._ahead(ask)
         for node in ask.node.all("Upload") if ask.node is not None else ():
             upload, began = node.text("UploadId"), _iso_time(node.text("Initiated")) - ahead
