@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from servers import REGION, S3Server
 
 ROOT = Path(__file__).parent.parent
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -44,10 +45,22 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/files.md", "docs/store.md"])
 async def test_the_pages_run_as_typed(page: str) -> None:
+    await run_page(page, {})
+
+
+async def test_the_page_on_objects_runs_but_for_the_address(s3: S3Server, bucket: str) -> None:
+    options = {
+        "endpoint_url": s3.url, "region_name": REGION, "aws_access_key_id": s3.admin.access_key,
+        "aws_secret_access_key": s3.admin.secret_key,
+    }  # fmt: skip
+    await run_page("docs/objects.md", {"url": f"s3://{bucket}/kv", "options": options}, first=2)
+
+
+async def run_page(page: str, names: dict[str, object], first: int = 1) -> None:
     """One block after the other in one namespace, with `await` at the top as in `python -m asyncio`."""
-    namespace: dict[str, object] = {"__name__": "page"}
+    namespace: dict[str, object] = {"__name__": "page", **names}
     async with asyncio.timeout(60):
-        for number, block in enumerate(blocks(page), start=1):
+        for number, block in enumerate(blocks(page)[first - 1 :], start=first):
             code = compile(block, f"{page}, block {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
             result = eval(code, namespace)
             if inspect.isawaitable(result):
