@@ -6,14 +6,19 @@ By default over http and by our own; ``S3_MATRIX=1`` plays all of them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
+from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 from urllib.parse import quote
 
+import numpy as np
 import pytest
-from servers import S3Server, plain_request
+from fault_proxy import FaultProxy, Flip, StallUpload, another_region, expired_token
+from servers import REGION, Identity, S3Server, plain_request
 
+from asyncxfer import Agent, ChecksumError, ObjectError, ObjectMissingError, Region, TransferTimeout
 from asyncxfer.testing import ObjectContract
 
 _numbers = itertools.count()
@@ -77,3 +82,98 @@ class TestVerified(OnSeaweedFS):
 @_matrix
 class TestSdk(OnSeaweedFS):
     route = "s3:sdk"
+
+
+def _opening(url: str, who: Identity) -> dict[str, Any]:
+    return {
+        "endpoint_url": url, "region_name": REGION, "aws_access_key_id": who.access_key,
+        "aws_secret_access_key": who.secret_key, "addressing_style": "path",
+    }  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def _opened(url: str, who: Identity, bucket: str, **config: Any) -> AsyncIterator[tuple[Agent, Region]]:
+    async with (
+        Agent("a", backends=["local", "s3"], config=config) as agent,
+        agent.open(f"s3://{bucket}/folder", "w", options=_opening(url, who)) as objects,
+    ):
+        yield agent, objects
+
+
+async def test_damage_to_a_part_of_a_large_object_is_found_and_mended(s3: S3Server, bucket: str) -> None:
+    data = np.random.default_rng(3).integers(0, 256, 34 << 20, np.uint8)
+    back = np.zeros_like(data)
+    with FaultProxy(s3.url) as proxy:
+        async with (
+            _opened(proxy.url, s3.admin, bucket, object_multipart_bytes=20 << 20) as (agent, objects),
+            agent.register(data) as source, agent.register(back) as target,
+        ):  # fmt: skip
+            await agent.put(source[:], objects["large"])
+            proxy.next(Flip(at=1_000_000), when=lambda request: request.method == "GET")
+            await agent.get(target[:], objects["large"])
+            assert np.array_equal(back, data)
+            proxy.always(Flip(at=1_000_000), when=lambda request: request.method == "GET")
+            with pytest.raises(ChecksumError, match=f"s3://{bucket}/folder/large arrived damaged, twice"):
+                await agent.get(target[:], objects["large"])
+
+
+async def test_an_upload_that_is_stopped_leaves_nothing_in_the_store(s3: S3Server, bucket: str) -> None:
+    data = np.zeros(34 << 20, np.uint8)
+    with FaultProxy(s3.url) as proxy:
+        async with (
+            _opened(proxy.url, s3.admin, bucket, object_multipart_bytes=20 << 20) as (agent, objects),
+            agent.register(data) as source,
+        ):
+            proxy.next(None, None, StallUpload(after=1 << 20), StallUpload(after=1 << 20))
+            with pytest.raises(TransferTimeout):
+                await agent.put(source[:], objects["large"], timeout=1.5)
+            proxy.go_on()
+    left = await asyncio.to_thread(plain_request, "GET", f"{s3.url}/{bucket}?uploads=", identity=s3.admin)
+    assert left.status == 200
+    assert b"<UploadId>" not in left.body
+    listed = await asyncio.to_thread(plain_request, "GET", f"{s3.url}/{bucket}?list-type=2", identity=s3.admin)
+    assert b"<Key>" not in listed.body
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "told"),
+    [
+        ("missing", ObjectMissingError, "check the key"),
+        ("short", ObjectError, "10 bytes"),
+        ("forbidden", ObjectError, "403"),
+        ("expired", ObjectError, "ExpiredToken"),
+        ("region", ObjectError, "region"),
+        ("unreachable", ObjectError, "endpoint"),
+    ],
+)
+async def test_errors_say_what_it_was_about_and_what_to_do(
+    s3: S3Server, bucket: str, fault: str, kind: type[ObjectError], told: str
+) -> None:
+    url = f"{s3.url}/{bucket}/folder/key"
+    if fault != "missing":
+        await asyncio.to_thread(plain_request, "PUT", url, identity=s3.admin, body=bytes(10))
+    who = s3.stranger if fault == "forbidden" else s3.admin
+    with FaultProxy(s3.url) as proxy:
+        if fault == "expired":
+            proxy.always(expired_token())
+        elif fault == "region":
+            proxy.always(another_region("no-such-region"))
+        elif fault == "unreachable":
+            proxy.refuse()
+        async with (
+            _opened(proxy.url, who, bucket, object_timeout=3.0) as (agent, objects),
+            agent.register(np.zeros(20, np.uint8)) as target,
+        ):
+            with pytest.raises(kind) as caught:
+                await agent.get(target[:], objects["key"])
+        if fault == "unreachable":
+            proxy.accept()
+    error, text = caught.value, str(caught.value)
+    assert f"s3://{bucket}/folder/key" in text
+    assert error.url == f"s3://{bucket}/folder/key"
+    assert told in text
+    assert "; " in text, "what to do comes last"
+    assert error.backend == "s3"
+    if fault in ("missing", "forbidden", "expired"):
+        assert error.request_id
+        assert error.request_id in text
