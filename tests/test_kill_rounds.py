@@ -2,7 +2,7 @@
 
 Each round brings up a process, moves random rows to or from it, or lets it move them, over random memory, and kills it
 at a random moment between its first command and a little after the last. Half of the rounds run on each loop; the
-seed is printed, and `ASYNCXFER_KILL_SEED` sets it.
+seed is printed, and `KILL_SEED` sets it.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ async def one(cast: Cast, plan: Round, path: str) -> list[str]:
 @pytest.mark.stress
 @pytest.mark.timeout(180)
 async def test_kill_rounds(cast: Cast, path: str, loop_name: str) -> None:
-    seed = int(os.environ.get("ASYNCXFER_KILL_SEED", time.time_ns() % 10**6))
-    print(f"{loop_name}: ASYNCXFER_KILL_SEED={seed}")  # noqa: T201
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    print(f"{loop_name}: KILL_SEED={seed}")  # noqa: T201
     draw = random.Random(f"{seed} {loop_name}")
     tally: Counter[str] = Counter()
     for number in range(ROUNDS):

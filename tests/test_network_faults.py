@@ -2,7 +2,7 @@
 
 A round posts puts and gets to the agent of another host and then loses, delays or parts what is on the cable, pulls it
 out, stops or kills the other process, or cancels, at a random moment and in random order. The connections are
-encrypted. The seed is printed, and `ASYNCXFER_KILL_SEED` sets it; `FAULT_ROUNDS=250` plays that many on each loop,
+encrypted. The seed is printed, and `KILL_SEED` sets it; `FAULT_ROUNDS=250` plays that many on each loop,
 as before a release.
 """
 
@@ -180,8 +180,8 @@ ALLOWED = {
 @pytest.mark.timeout(400)
 @pytest.mark.blocking("cables are cut and mended by programs that the test waits for")
 async def test_fault_rounds(network: Network, loop_name: str) -> None:
-    seed = int(os.environ.get("ASYNCXFER_KILL_SEED", time.time_ns() % 10**6))
-    print(f"{loop_name}: ASYNCXFER_KILL_SEED={seed}")  # noqa: T201
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    print(f"{loop_name}: KILL_SEED={seed}")  # noqa: T201
     draw = random.Random(f"{seed} {loop_name}")
     tally: Counter[str] = Counter()
     for number in range(ROUNDS):
