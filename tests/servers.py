@@ -42,9 +42,11 @@ __all__ = [
     "Identity",
     "S3Server",
     "azurite",
+    "azurite_fixture",
     "bucket_fixture",
     "certificates",
     "fake_gcs",
+    "fake_gcs_fixture",
     "libuv_workers",
     "plain_request",
     "ports",
@@ -393,15 +395,22 @@ def _status(method: str, url: str, server: S3Server, body: bytes) -> int:
 
 
 @contextlib.contextmanager
-def azurite() -> Iterator[str]:
-    """Run Azurite's blob service for the block; its URL, to which the account ``devstoreaccount1`` belongs."""
+def azurite(certified: Certified | None = None) -> Iterator[str]:
+    """Run Azurite's blob service for the block; its URL, to which the account ``devstoreaccount1`` belongs.
+
+    With a certificate it speaks TLS, and takes tokens that nobody has signed.
+    """
     program = _find("azurite-blob", "npm install -g azurite")
     options = ["--silent", "--skipApiVersionCheck", "--disableTelemetry", "--blobHost", _HOST]
+    scheme, tls = "http", None
+    if certified is not None:
+        options += ["--cert", str(certified.certificate), "--key", str(certified.key), "--oauth", "basic"]
+        scheme, tls = "https", certified.client_context()
     with ports(1) as lent, tempfile.TemporaryDirectory(prefix="asyncxfer-azure-") as name:
         command = [program, *options, "--blobPort", str(lent[0]), "--location", name]
         with _running(command, Path(name)) as started:
-            url = f"http://{_HOST}:{lent[0]}"
-            _until_it_answers(started, f"{url}/devstoreaccount1?comp=list")
+            url = f"{scheme}://{_HOST}:{lent[0]}"
+            _until_it_answers(started, f"{url}/devstoreaccount1?comp=list", tls)
             yield url
 
 
@@ -421,10 +430,10 @@ def fake_gcs() -> Iterator[str]:
             yield url
 
 
-def _until_it_answers(program: _Program, url: str) -> None:
+def _until_it_answers(program: _Program, url: str, tls: ssl.SSLContext | None = None) -> None:
     while True:
         try:
-            plain_request("GET", url, timeout=1)
+            plain_request("GET", url, tls=tls, timeout=1)
         except (OSError, http.client.HTTPException):
             program.wait()
         else:
@@ -443,6 +452,20 @@ def libuv_workers() -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(resolve())
+
+
+@pytest.fixture(name="azurite", scope="session")
+def azurite_fixture() -> Iterator[str]:
+    """Azurite's URL, as long as the session runs."""
+    with azurite() as url:
+        yield url
+
+
+@pytest.fixture(name="fake_gcs", scope="session")
+def fake_gcs_fixture() -> Iterator[str]:
+    """The URL of fake-gcs-server, as long as the session runs."""
+    with fake_gcs() as url:
+        yield url
 
 
 @pytest.fixture(name="s3", scope="session")

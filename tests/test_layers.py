@@ -46,6 +46,12 @@ RULES = {
                 "_s3_sdk",
                 "_s3_sdk_store",
                 "_s3_store",
+                "_azure_account",
+                "_azure_dialect",
+                "_azure_store",
+                "_gcs_account",
+                "_gcs_dialect",
+                "_gcs_store",
             )
         },
         frozenset({"asyncxfer._fast", "asyncxfer.backends._object"}),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import email.utils
 import hashlib
 import re
 import ssl
@@ -27,12 +26,12 @@ from .._errors import ObjectMissingError
 from .._http import Answer
 from .._sigv4 import Signer
 from ._object._attempts import Act, Ask, Header, Verdict
+from ._object._times import clock, retry_after
 from ._object._xml import Node, Unreadable, parse
 
 __all__ = ["Credentials", "S3Account", "S3Dialect", "content_md5", "quoted"]
 
 _PLAIN = re.compile(r"[A-Za-z0-9/_.~-]*")
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _FRESH = 60.0  # seconds that credentials are used without asking for them
 _SKEWED = 300.0  # seconds; S3 allows 900
 
@@ -197,9 +196,9 @@ class S3Dialect:
         if act is Act.MOVE:
             return _with(verdict, act=act, region=region, what=f"the bucket is in region {region}, not {self.region}")
         if act is Act.CLOCK:
-            return _with(verdict, act=act, skew=_clock(answer) - time.time())
+            return _with(verdict, act=act, skew=clock(answer.headers) - time.time())
         if act in (Act.AGAIN, Act.SLOWER):
-            return _with(verdict, act=act, after=_after(answer))
+            return _with(verdict, act=act, after=retry_after(answer.headers))
         if status == 404 and code in ("NoSuchKey", "NotFound"):
             return _with(verdict, kind=ObjectMissingError, what="there is no such object")
         return _with(verdict, act=act)
@@ -210,7 +209,7 @@ class S3Dialect:
         # HEAD has no body that could say that a token has expired.
         if code in _EXPIRED or (status == 400 and ask.method == b"HEAD"):
             return Act.RENEW
-        if code in _SKEW or (status == 403 and abs(_clock(answer) - time.time() - self.skew) > _SKEWED):
+        if code in _SKEW or (status == 403 and abs(clock(answer.headers) - time.time() - self.skew) > _SKEWED):
             return Act.CLOCK
         if status in (429, 503) or code in _SLOWER:
             return Act.SLOWER
@@ -246,22 +245,3 @@ def _error(body: bytes) -> Node | None:
     except Unreadable:
         return None
     return node if node.name == "Error" else None
-
-
-def _clock(answer: Answer) -> float:
-    """Give the store's time; this host's where it does not say."""
-    try:
-        return email.utils.parsedate_to_datetime(answer.headers[b"date"].decode()).timestamp()
-    except (KeyError, ValueError):
-        return time.time()
-
-
-def _after(answer: Answer) -> float | None:
-    """Give how long to wait, in seconds or until a time."""
-    text = answer.headers.get(b"retry-after", b"").decode("latin-1")
-    if _SECONDS.fullmatch(text):
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - _clock(answer))
-    except ValueError:
-        return None

@@ -15,9 +15,7 @@ Amazon S3 API Reference; "Checking object integrity in Amazon S3".
 from __future__ import annotations
 
 import asyncio
-import calendar
 import contextlib
-import email.utils
 import re
 import time
 from collections import Counter
@@ -35,6 +33,7 @@ from ._object._attempts import Act, Ask, Attempts, Header, Verdict
 from ._object._reading import Claim, Tongue, read
 from ._object._store import Part, Read
 from ._object._sums import as_header, crc64_of, from_header
+from ._object._times import http_time, iso_time
 from ._object._xml import Node, Unreadable, parse
 from ._s3_dialect import Credentials, S3Account, S3Dialect, content_md5, quoted
 
@@ -53,7 +52,6 @@ _FAREWELL = 5.0  # seconds that there are for cleaning up, at least
 _SLACK = 2.0  # seconds by which the store's time of an upload may differ
 _ABORTS = 5  # times that an upload is asked whether it is gone
 _UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML cannot say
-_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?Z")
 
 
 _Headers: TypeAlias = list[Header]
@@ -269,7 +267,7 @@ class _Head(Ask):
             self.key,
             int(self.found[b"content-length"]),
             self.found.get(b"etag", b"").decode("latin-1"),
-            _http_time(self.found.get(b"last-modified", b"").decode("latin-1")),
+            http_time(self.found.get(b"last-modified", b"")),
             checksum,
         )
 
@@ -494,7 +492,7 @@ class S3Store:
             return
         ahead = self._ahead(ask)
         for node in ask.node.all("Upload") if ask.node is not None else ():
-            upload, began = node.text("UploadId"), _iso_time(node.text("Initiated")) - ahead
+            upload, began = node.text("UploadId"), iso_time(node.text("Initiated")) - ahead
             if node.text("Key") != key or upload in self._uploads:
                 continue
             meant = any(span.since - _SLACK <= began <= span.until + _SLACK for span in lost)
@@ -504,7 +502,7 @@ class S3Store:
 
     def _ahead(self, ask: _Said) -> float:
         """By how much the store's clock is ahead."""
-        said = _http_time(ask.headers_of.get(b"date", b"").decode("latin-1"))
+        said = http_time(ask.headers_of.get(b"date", b""))
         return said - time.time() if said else 0.0
 
     # -- what is there
@@ -656,22 +654,6 @@ def _listed(page: Node) -> list[ObjectInfo]:
         key = node.text("Key")
         key = unquote(key.replace("+", " ")) if encoded else key
         found.append(
-            ObjectInfo(key, int(node.text("Size")), node.text("ETag"), _iso_time(node.text("LastModified")), None)
+            ObjectInfo(key, int(node.text("Size")), node.text("ETag"), iso_time(node.text("LastModified")), None)
         )
     return found
-
-
-def _iso_time(text: str) -> float:
-    """Give seconds since the epoch; 0 where the text is no such time."""
-    found = _TIME.fullmatch(text)
-    if found is None:
-        return 0.0
-    return calendar.timegm(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S")) + float(found[2] or 0)
-
-
-def _http_time(text: str) -> float:
-    """Give seconds since the epoch; 0 where the text is no such time."""
-    try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
-    except ValueError:
-        return 0.0

@@ -15,7 +15,7 @@ from ..._errors import ChecksumError, ObjectError
 from ..._http import Answer, HttpError, LengthError
 from ._attempts import Act, Ask, Attempts, Header, Verdict, spread
 from ._store import Read
-from ._sums import AT_ONCE, crc32c_of, crc64_of, crc64_of_small
+from ._sums import AT_ONCE, crc32c_of, crc64_of, crc64_of_small, md5_of
 
 __all__ = ["Claim", "Tongue", "read"]
 
@@ -24,10 +24,18 @@ _PIECE = 1 << 20  # bytes that are read a second time at once
 
 
 class Claim(NamedTuple):
-    """The checksum that a store has of an object: ``crc64nvme`` or ``crc32c``, and its value."""
+    """The checksum that a store has of an object: ``crc64nvme``, ``crc32c`` or ``md5``, and its value."""
 
     algorithm: str
     value: int
+
+
+def _etag(headers: Mapping[bytes, bytes]) -> str:
+    return headers.get(b"etag", b"").decode("latin-1")
+
+
+def _if_match(version: str) -> tuple[list[Header], bytes]:
+    return [(b"if-match", version.encode("latin-1"))], b""
 
 
 class Tongue(NamedTuple):
@@ -43,6 +51,10 @@ class Tongue(NamedTuple):
         The header that has it.
     claim : callable
         What it says of the checksum, by the headers of an answer.
+    version : callable
+        What it says of the version, by the same.
+    pin : callable
+        What asks for a version and no other: headers, and what is added to the query.
     """
 
     path: bytes
@@ -50,6 +62,8 @@ class Tongue(NamedTuple):
     headers: list[Header]
     request_id: bytes
     claim: Callable[[Mapping[bytes, bytes]], Claim | None]
+    version: Callable[[Mapping[bytes, bytes]], str] = _etag
+    pin: Callable[[str], tuple[list[Header], bytes]] = _if_match
 
 
 class _Reading(Ask):
@@ -101,21 +115,24 @@ class _Reading(Ask):
         headers = self.tongue.headers.copy()
         if not self.whole:
             headers.append((b"range", b"bytes=%d-%d" % (self.offset, self.offset + self.size - 1)))
+        self.headers, self.query = headers, self.tongue.query
         if self.wanted is not None:
-            headers.append((b"if-match", self.wanted.encode("latin-1")))
-        self.headers = headers
+            self._pin(self.wanted)
+
+    def _pin(self, version: str) -> None:
+        headers, query = self.tongue.pin(version)
+        self.headers += headers
+        self.query = self.tongue.query + query
 
     def _go_on(self) -> None:
         """Ask for the rest."""
         self.into = _between(self.views, self.got, self.size)
-        self.headers = [
-            (b"range", b"bytes=%d-%d" % (self.offset + self.got, self.offset + self.size - 1)),
-            (b"if-match", self.etag.encode("latin-1")),
-        ]
+        self.headers = [(b"range", b"bytes=%d-%d" % (self.offset + self.got, self.offset + self.size - 1))]
+        self._pin(self.etag)
 
     def _fits(self, status: int, headers: Mapping[bytes, bytes]) -> bool:
         """Learn what the first answer says; whether this one is of the bytes that were asked for."""
-        etag = headers.get(b"etag", b"").decode("latin-1")
+        etag = self.tongue.version(headers)
         if status == 206:
             said = _RANGE.fullmatch(headers.get(b"content-range", b""))
             if said is None:
@@ -149,7 +166,7 @@ class _Reading(Ask):
             small = self.size <= AT_ONCE
             found = self.crc = crc64_of_small(self.views) if small else await crc64_of(self.views)
         else:
-            found = await crc32c_of(self.views)
+            found = await (md5_of if claim.algorithm == "md5" else crc32c_of)(self.views)
         if found == claim.value:
             self.proved = True
             return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 from collections.abc import Callable, Sequence
 
 from ..._fast.crc32c import crc32c
 from ..._fast.crc64 import crc64nvme
 
-__all__ = ["AT_ONCE", "as_header", "crc32c_of", "crc64_of", "crc64_of_small", "from_header"]
+__all__ = ["AT_ONCE", "as_header", "crc32c_of", "crc64_of", "crc64_of_small", "from_header", "md5_of"]
 
 #: Bytes that are summed in one turn: a quarter of a millisecond where they come from memory.
 AT_ONCE = 1 << 20
@@ -32,6 +33,18 @@ async def crc64_of(views: Sequence[memoryview]) -> int:
 async def crc32c_of(views: Sequence[memoryview]) -> int:
     """CRC32C of bytes that stay as they are meanwhile."""
     return await _summed(crc32c, views)
+
+
+async def md5_of(views: Sequence[memoryview]) -> int:
+    """MD5 of bytes that stay as they are meanwhile, its bytes in order as one number."""
+    digest = hashlib.md5(usedforsecurity=False)
+
+    def add(piece: memoryview, _: int) -> int:
+        digest.update(piece)
+        return 0
+
+    await _summed(add, views)
+    return int.from_bytes(digest.digest(), "big")
 
 
 async def _summed(sum_: Callable[[memoryview, int], int], views: Sequence[memoryview]) -> int:

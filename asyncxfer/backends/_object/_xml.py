@@ -37,6 +37,10 @@ class Node:
             element = next(iter(element.all(name)), None) if element is not None else None
         return (element._element.text or "") if element is not None else ""
 
+    def attribute(self, name: str) -> str:
+        """Give the value of an attribute; empty where there is none."""
+        return self._element.get(name, "")
+
 
 def parse(body: bytes) -> Node:
     """Give the root.
