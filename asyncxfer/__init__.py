@@ -33,7 +33,7 @@ from ._objects import ObjectInfo
 from ._peer import Peer, PeerEvent, PeerState
 from ._plan import Plan
 from ._region import Opening, Region, RemoteRegion
-from ._stored import StoredObjects
+from ._stored import StoredObjects, Upload
 from ._transfer import Transfer
 
 __version__ = "0.1.0.dev0"
@@ -74,6 +74,7 @@ __all__ = [
     "Transfer",
     "TransferError",
     "TransferTimeout",
+    "Upload",
     "XferError",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``asyncxfer doctor``, ``asyncxfer bench`` and ``asyncxfer certs``, also as ``python -m asyncxfer``.
+"""The command line: ``asyncxfer cp``, ``ls``, ``doctor``, ``bench`` and ``certs``, also as ``python -m asyncxfer``.
 
 It knows the names of the subcommands and their options; what a subcommand needs is imported when
 that one is run.
@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from . import _certs
+from ._copy import _cli as _copy
 from .bench import _cli
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments`, or the process's own, name; give its exit status."""
     parser = argparse.ArgumentParser(prog="asyncxfer", description="Bytes between places, as awaitables.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _copy.add_cp(commands.add_parser("cp", help="copy files and objects, from any URL to any URL"))
+    _copy.add_ls(commands.add_parser("ls", help="list files and objects"))
     doctor = commands.add_parser("doctor", help="what loads on this machine, what does not, and why")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench = commands.add_parser("bench", help="measure transfers between two processes")
@@ -34,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _cli.main(options)
     if options.command == "certs":
         return _certs.main(options)
+    if options.command in ("cp", "ls"):
+        return (_copy.run_cp if options.command == "cp" else _copy.run_ls)(options)
     from ._doctor import main as run_doctor
 
     return run_doctor(options)

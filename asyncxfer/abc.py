@@ -48,6 +48,7 @@ __all__ = [
     "MemoryKind",
     "ObjectInfo",
     "ObjectRegistration",
+    "ObjectUpload",
     "Objects",
     "Offer",
     "Op",
@@ -220,6 +221,34 @@ class ObjectRegistration(Registration, abc.ABC):
     @abc.abstractmethod
     async def copy(self, source: str, target: str) -> None:
         """Copy an object within the store."""
+
+    async def upload(self, key: str) -> ObjectUpload:
+        """Begin to write an object part by part.
+
+        Raises
+        ------
+        BackendError
+            The store has no such way, or the backend does not go it.
+        """
+        raise BackendError("objects of this store are written whole, not part by part")
+
+
+class ObjectUpload(abc.ABC):
+    """An object that is being written part by part. There is none of it before `complete`, and none after `abort`."""
+
+    __slots__ = ()
+
+    @abc.abstractmethod
+    async def part(self, number: int, body: Sequence[memoryview]) -> None:
+        """Write a part, numbered from 1; several at a time. When this ends, however it does, memory is let alone."""
+
+    @abc.abstractmethod
+    async def complete(self) -> str:
+        """Make an object of the parts in the order of their numbers; its etag, or nothing where one was kept."""
+
+    @abc.abstractmethod
+    async def abort(self) -> None:
+        """Let nothing of it be left in the store."""
 
 
 @dataclass(slots=True, eq=False)

@@ -9,6 +9,7 @@ import abc
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -24,6 +25,7 @@ from ...abc import (
     ObjectInfo,
     ObjectRegistration,
     Objects,
+    ObjectUpload,
     Offer,
     Op,
     PeerInfo,
@@ -35,7 +37,7 @@ from ...abc import (
 )
 from . import _thread
 from ._flight import Flight
-from ._store import ObjectStore
+from ._store import ObjectStore, Part
 from ._work import Work
 
 if TYPE_CHECKING:
@@ -94,7 +96,8 @@ class _Opened(ObjectRegistration):
         return self.store(next(iter(self.reached.ways)))
 
     @property
-    def _deadline(self) -> float:
+    def deadline(self) -> float:
+        """Of a call that begins now."""
         return self._thread.loop.time() + self._seconds
 
     async def _there(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -104,7 +107,7 @@ class _Opened(ObjectRegistration):
         """Ask the store."""
 
         async def ask() -> ObjectInfo:
-            return await (await self._first).head(key, deadline=self._deadline)
+            return await (await self._first).head(key, deadline=self.deadline)
 
         return await self._there(ask())
 
@@ -112,7 +115,7 @@ class _Opened(ObjectRegistration):
         """Fetch pages of the store's list as they are asked for."""
 
         async def begin() -> AsyncIterator[ObjectInfo]:
-            return (await self._first).list(prefix, after=after, deadline=self._deadline)
+            return (await self._first).list(prefix, after=after, deadline=self.deadline)
 
         found = await self._there(begin())
         try:
@@ -126,7 +129,7 @@ class _Opened(ObjectRegistration):
         """Ask the store."""
 
         async def ask() -> None:
-            await (await self._first).delete(keys, deadline=self._deadline)
+            await (await self._first).delete(keys, deadline=self.deadline)
 
         await self._there(ask())
 
@@ -134,9 +137,18 @@ class _Opened(ObjectRegistration):
         """Ask the store."""
 
         async def ask() -> None:
-            await (await self._first).copy(source, target, deadline=self._deadline)
+            await (await self._first).copy(source, target, deadline=self.deadline)
 
         await self._there(ask())
+
+    async def upload(self, key: str) -> ObjectUpload:
+        """Ask the store."""
+
+        async def begin() -> _Upload:
+            store = await self._first
+            return _Upload(self, store, key, await store.begin(key, deadline=self.deadline))
+
+        return await self._there(begin())
 
     def leave(self, work: Awaitable[None]) -> None:
         """Have something go on behind a transfer's end; in the I/O thread."""
@@ -149,6 +161,30 @@ class _Opened(ObjectRegistration):
         if not task.cancelled() and (error := task.exception()) is not None:
             self._thread.loop.call_exception_handler({"message": "an upload was not given up", "exception": error})
 
+    async def settled(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Have something run in the I/O thread that uses the caller's memory: it ends when that has, also cancelled."""
+        ended: Future[asyncio.Task[_T]] = Future()
+        begun: list[asyncio.Task[_T]] = []
+
+        def start() -> None:
+            begun.append(self._thread.loop.create_task(work))
+            begun[0].add_done_callback(ended.set_result)
+
+        def stop() -> None:
+            begun[0].cancel()
+
+        self._thread.call(start)
+        cancelled = False
+        while not ended.done():
+            try:
+                await asyncio.shield(asyncio.wrap_future(ended))
+            except asyncio.CancelledError:
+                cancelled = True
+                self._thread.call(stop)
+        if cancelled:
+            raise asyncio.CancelledError
+        return ended.result().result()
+
     async def close(self) -> None:
         """Wait for what was left behind, and close the stores; in the I/O thread."""
         while self._left:
@@ -158,6 +194,42 @@ class _Opened(ObjectRegistration):
                 await (await made).aclose()
         if self.reached.aclose is not None:
             await self.reached.aclose()
+
+
+class _Upload(ObjectUpload):
+    """An object that is being written part by part, by the way that moves no bytes of transfers."""
+
+    __slots__ = ("_id", "_key", "_opened", "_parts", "_store")
+
+    def __init__(self, opened: _Opened, store: ObjectStore, key: str, id: str) -> None:
+        self._opened = opened
+        self._store = store
+        self._key = key
+        self._id = id
+        self._parts: list[Part] = []
+
+    async def part(self, number: int, body: Sequence[memoryview]) -> None:
+        """Write one part."""
+
+        async def write() -> None:
+            part = await self._store.part(self._key, self._id, number, body, deadline=self._opened.deadline)
+            self._parts.append(part)
+
+        await self._opened.settled(write())
+
+    async def complete(self) -> str:
+        """Put them together."""
+
+        async def put_together() -> str:
+            parts = sorted(self._parts, key=lambda part: part.number)
+            exists, deadline = self._opened.objects.exists, self._opened.deadline
+            return await self._store.complete(self._key, self._id, parts, exists=exists, deadline=deadline)
+
+        return await self._opened.settled(put_together())
+
+    async def abort(self) -> None:
+        """Let nothing be left."""
+        await self._opened.settled(self._store.abort(self._key, self._id, deadline=self._opened.deadline))
 
 
 async def _page(found: AsyncIterator[ObjectInfo]) -> list[ObjectInfo]:
