@@ -26,6 +26,7 @@ _SHIPPED = {
     "uring": "asyncxfer.backends.uring:UringBackend",
     "kvikio": "asyncxfer.backends.kvikio:KvikioBackend",
     "s3": "asyncxfer.backends.s3:S3Backend",
+    "azure": "asyncxfer.backends.azure:AzureBackend",
 }
 
 BackendSpec: TypeAlias = str | type[Backend] | Backend
