@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Flight"]
 
-_ABORT = 30.0  # seconds for giving up an upload
+_ABORT = 10.0  # seconds for giving up an upload
 
 
 class Flight:
