@@ -27,6 +27,7 @@ _SHIPPED = {
     "kvikio": "asyncxfer.backends.kvikio:KvikioBackend",
     "s3": "asyncxfer.backends.s3:S3Backend",
     "azure": "asyncxfer.backends.azure:AzureBackend",
+    "gcs": "asyncxfer.backends.gcs:GcsBackend",
 }
 
 BackendSpec: TypeAlias = str | type[Backend] | Backend

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -30,12 +30,13 @@ class Container:
 
     url: str
     name: str
+    tls: ssl.SSLContext | None = None
 
     @classmethod
-    def make(cls, url: str) -> Container:
+    def make(cls, url: str, tls: ssl.SSLContext | None = None) -> Container:
         """Make one that is empty."""
         pytest.importorskip("azure.storage.blob", reason="pip install 'asyncxfer[azure]'")
-        container = cls(url, f"c-{os.getpid()}-{next(_numbers)}")
+        container = cls(url, f"c-{os.getpid()}-{next(_numbers)}", tls)
         answer = container.ask("PUT", "?restype=container")
         assert answer.status == 201, answer
         return container
@@ -65,12 +66,12 @@ class Container:
             )
         )  # fmt: skip
 
-    def ask(self, method: str, target: str, *, body: bytes = b"", **more: Any) -> Answer:
+    def ask(self, method: str, target: str, *, body: bytes = b"") -> Answer:
         """Make one request about this container, ``/KEY`` or ``?QUERY``."""
         query = "&" if "?" in target else "?"
         return plain_request(
             method, f"{self.account_url}/{self.name}{target}{query}{self.sas()}", body=body,
-            headers={"x-ms-version": "2021-12-02", "x-ms-blob-type": "BlockBlob"}, **more,
+            headers={"x-ms-version": "2021-12-02", "x-ms-blob-type": "BlockBlob"}, tls=self.tls,
         )  # fmt: skip
 
     def fetch(self, key: str) -> bytes:

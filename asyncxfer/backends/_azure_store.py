@@ -71,8 +71,8 @@ class _Write(Ask):
     __slots__ = ("crc", "etag", "exists", "sent", "there")
 
     def __init__(
-        self, key: str, query: bytes, headers: list[Header], body: Sequence[memoryview | bytes], *, size: int, sent: int,
-        crc: int, exists: Exists,
+        self, key: str, query: bytes, headers: list[Header], body: Sequence[memoryview | bytes], *,
+        size: int, sent: int, crc: int, exists: Exists,
     ) -> None:  # fmt: skip
         if exists != "replace":
             headers = [*headers, _IF_NONE]
@@ -200,6 +200,7 @@ class AzureStore:
     attempts : Attempts
     """
 
+    algorithm: ClassVar[str] = "crc64nvme"
     smallest_part: ClassVar[int] = 1
     most_parts: ClassVar[int] = 50_000
     largest_write: ClassVar[int] = 5000 << 20
@@ -229,25 +230,18 @@ class AzureStore:
         crc: bool = False,
     ) -> Read:
         """Read bytes from `offset` on."""
-        size = sum([view.nbytes for view in into])
-        if not whole and not size:
+        if not whole and not any(view.nbytes for view in into):
             info = await self.head(key, deadline=deadline)
             return Read(info.etag, info.nbytes, 0)
+
+        async def length() -> int:
+            return (await self.head(key, deadline=deadline)).nbytes
+
         tongue = Tongue(quoted(key), b"", [], b"x-ms-request-id", _any_claim if verify else _claim)
-        try:
-            return await read(
-                self.attempts, tongue, key, offset, into,
-                whole=whole, verify=verify, etag=etag, crc=crc, deadline=deadline,
-            )  # fmt: skip
-        except ObjectError as error:
-            if error.status != 416:
-                raise
-            refused = error
-        # Azure need not say how long a blob is that has no such range.
-        length = (await self.head(key, deadline=deadline)).nbytes
-        what = f"the object has {length} bytes, and those from {offset} to {offset + size} were wanted"
-        verdict = Verdict(Act.END, what, "read what is there", 416, refused.code, refused.request_id)
-        raise self.attempts.error(Ask("get", key, b"GET", b""), verdict) from refused
+        return await read(
+            self.attempts, tongue, key, offset, into,
+            whole=whole, verify=verify, etag=etag, crc=crc, deadline=deadline, length=length,
+        )  # fmt: skip
 
     async def write(self, key: str, body: Sequence[memoryview], *, exists: Exists, deadline: float) -> str:
         """Write a blob; its etag, or nothing where one was there and was kept."""

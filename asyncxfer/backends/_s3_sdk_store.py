@@ -86,6 +86,7 @@ class SdkStore:
         Copied by one request; copied as one part above that.
     """
 
+    algorithm: ClassVar[str] = "crc64nvme"
     smallest_part: ClassVar[int] = 5 << 20
     most_parts: ClassVar[int] = 10_000
     largest_write: ClassVar[int] = 5 << 30

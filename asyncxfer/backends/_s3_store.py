@@ -302,6 +302,7 @@ class S3Store:
         Copied by one request; copied as one part above that.
     """
 
+    algorithm: ClassVar[str] = "crc64nvme"
     smallest_part: ClassVar[int] = 5 << 20
     most_parts: ClassVar[int] = 10_000
     largest_write: ClassVar[int] = 5 << 30

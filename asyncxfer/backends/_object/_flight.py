@@ -7,7 +7,6 @@ How a single request survives is not known here.
 from __future__ import annotations
 
 import asyncio
-from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from ..._errors import ChecksumError, ObjectError, TransferError
 from ..._fast.crc64 import combine
 from ...abc import Completion, Exists
 from ._store import ObjectStore, Part
+from ._sums import as_header, combine_crc32c
 from ._work import Span, Work
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Flight:
         if span.offset + span.nbytes > info.nbytes or (work.whole and span.nbytes != info.nbytes):
             raise self._misfit(span, info.nbytes)
         kind, _, expected = (info.checksum or "").partition(":")
-        proved = work.whole and kind == "crc64nvme"
+        proved = work.whole and kind == store.algorithm
         sums: dict[int, tuple[int | None, int]] = {}
 
         async def receive(number: int, start: int, nbytes: int) -> None:
@@ -183,7 +183,7 @@ class Flight:
 
         for _ in range(2 if proved else 1):
             await self._in_parts(span.nbytes, self._part_bytes(span), receive)
-            if not proved or _agrees([sums[number] for number in sorted(sums)], expected):
+            if not proved or _agrees(kind, [sums[number] for number in sorted(sums)], expected):
                 return
         raise ChecksumError(f"{store.url}/{span.key} arrived damaged, twice: its parts together are not what is stored")
 
@@ -217,16 +217,11 @@ async def _unwrapped() -> AsyncIterator[None]:
         raise group.exceptions[0] from None
 
 
-def _agrees(sums: list[tuple[int | None, int]], expected: str) -> bool:
-    """Whether parts have, one behind the other, a CRC64NVME that a store states in base64."""
+def _agrees(algorithm: str, sums: list[tuple[int | None, int]], expected: str) -> bool:
+    """Whether parts have, one behind the other, a checksum that a store states in base64."""
     whole = 0
     for crc, nbytes in sums:
         if crc is None:
             return True  # it has been proved by other means
-        whole = combine(whole, crc, nbytes)
-    return encoded(whole) == expected
-
-
-def encoded(crc: int) -> str:
-    """A CRC64NVME as stores state it."""
-    return b64encode(crc.to_bytes(8, "big")).decode()
+        whole = (combine if algorithm == "crc64nvme" else combine_crc32c)(whole, crc, nbytes)
+    return as_header(whole, 8 if algorithm == "crc64nvme" else 4).decode() == expected

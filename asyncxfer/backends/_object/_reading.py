@@ -8,14 +8,15 @@ the whole, from the first answer, whatever pieces it came in.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..._errors import ChecksumError, ObjectError
 from ..._http import Answer, HttpError, LengthError
 from ._attempts import Act, Ask, Attempts, Header, Verdict, spread
 from ._store import Read
-from ._sums import AT_ONCE, crc32c_of, crc64_of, crc64_of_small, md5_of
+from ._sums import AT_ONCE, crc64_of_small, sum_of
 
 __all__ = ["Claim", "Tongue", "read"]
 
@@ -55,6 +56,8 @@ class Tongue(NamedTuple):
         What it says of the version, by the same.
     pin : callable
         What asks for a version and no other: headers, and what is added to the query.
+    algorithm : str
+        Of `Read.crc`.
     """
 
     path: bytes
@@ -64,12 +67,14 @@ class Tongue(NamedTuple):
     claim: Callable[[Mapping[bytes, bytes]], Claim | None]
     version: Callable[[Mapping[bytes, bytes]], str] = _etag
     pin: Callable[[str], tuple[list[Header], bytes]] = _if_match
+    algorithm: str = "crc64nvme"
 
 
 class _Reading(Ask):
     """A read, and how far it came."""
 
     __slots__ = (
+        "beyond",
         "claim",
         "crc",
         "etag",
@@ -101,6 +106,7 @@ class _Reading(Ask):
         self.wanted = wanted  # the version that the caller wants
         self.whole = whole
         self.misfit = -1  # the length that did not fit
+        self.beyond: Verdict | None = None  # there is no such range, and the store has not said what there is
         self.crc: int | None = None
         self.length = 0  # of the whole object
         self.proved = False
@@ -162,11 +168,12 @@ class _Reading(Ask):
         claim = self.claim
         if claim is None:
             return None
-        if claim.algorithm == "crc64nvme":
-            small = self.size <= AT_ONCE
-            found = self.crc = crc64_of_small(self.views) if small else await crc64_of(self.views)
+        if claim.algorithm == "crc64nvme" and self.size <= AT_ONCE:
+            found = crc64_of_small(self.views)
         else:
-            found = await (md5_of if claim.algorithm == "md5" else crc32c_of)(self.views)
+            found = await sum_of(claim.algorithm, self.views)
+        if claim.algorithm == self.tongue.algorithm:
+            self.crc = found
         if found == claim.value:
             self.proved = True
             return None
@@ -226,11 +233,13 @@ class _Reading(Ask):
         if answer.status == 416:
             length = answer.headers.get(b"content-range", b"").rpartition(b"/")[2]
             if length.isdigit():
-                return Verdict(
-                    Act.END, self._short(int(length)), _SHORT, status=416, code=verdict.code,
-                    request_id=verdict.request_id,
-                )  # fmt: skip
+                return self.too_short(verdict, int(length))
+            self.beyond = verdict
         return verdict
+
+    def too_short(self, verdict: Verdict, length: int) -> Verdict:
+        """Say what there is in the place of what was wanted."""
+        return replace(verdict, act=Act.END, what=self._short(length), advice=_SHORT)
 
 
 _DAMAGED = "something between this host and the store changes bytes: use https, and look at the network"
@@ -266,13 +275,23 @@ async def read(
     etag: str | None,
     crc: bool,
     deadline: float,
+    length: Callable[[], Awaitable[int]] | None = None,
 ) -> Read:
-    """Do what `ObjectStore.read` says, for at least one byte where it is not `whole`."""
+    """Do what `ObjectStore.read` says, for at least one byte where it is not `whole`.
+
+    `length` asks how long the object is, for stores that do not say it where they have no such range.
+    """
     size = sum([view.nbytes for view in into])
     replaced = 0
     while True:
         reading = _Reading(tongue, key, offset, into, size, etag, whole)
-        await attempts.run(reading, deadline)
+        try:
+            await attempts.run(reading, deadline)
+        except ObjectError as error:
+            if reading.beyond is None or length is None:
+                raise
+            verdict = reading.too_short(reading.beyond, await length())
+            raise attempts.error(reading, verdict) from error
         if not (crc or verify):
             break
         if verify and not (reading.proved or attempts.encrypted):
@@ -284,7 +303,7 @@ async def read(
                     raise
                 continue
         if reading.crc is None:
-            reading.crc = await crc64_of(into)
+            reading.crc = await sum_of(tongue.algorithm, into)
         break
     return Read(reading.etag, reading.length, reading.crc)
 

@@ -24,7 +24,7 @@ class Read(NamedTuple):
     nbytes : int
         Of the whole object.
     crc : int or None
-        CRC64NVME of what was received, where it was computed.
+        Checksum, by the store's `ObjectStore.algorithm`, of what was received, where it was computed.
     """
 
     etag: str
@@ -48,12 +48,15 @@ class ObjectStore(Protocol):
     ----------
     url : str
         Such as ``s3://bucket``, for messages.
+    algorithm : {"crc64nvme", "crc32c"}
+        Of the checksums of what is read and of parts.
     smallest_part, largest_write : int, bytes
         Of a multipart upload, a part that is not the last; what can be written without one.
     most_parts : int
     """
 
     url: str
+    algorithm: ClassVar[str]
     smallest_part: ClassVar[int]
     most_parts: ClassVar[int]
     largest_write: ClassVar[int]
