@@ -30,7 +30,7 @@ __all__ = ["Finding", "examine", "main"]
 
 _OPTIONAL = {
     "uvloop": "a faster event loop: pip install 'asyncxfer[uvloop]'",
-    "rich": "colour in `asyncxfer bench`: pip install 'asyncxfer[bench]'",
+    "rich": "colour in `asyncxfer bench`, a bar in `asyncxfer cp`: pip install 'asyncxfer[bench]'",
     "cryptography": "PreSharedKey and `asyncxfer certs`: pip install 'asyncxfer[tls]'",
     "nixl": "the peer of `asyncxfer bench --peer nixl`: pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1",
 }

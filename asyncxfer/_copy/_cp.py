@@ -13,6 +13,7 @@ from asyncxfer import Agent, Region
 from ._agent import Buckets, agent_for, below, head
 from ._copier import Copier, Outcome, Rules
 from ._destination import Destination, FileDestination, ObjectDestination
+from ._move import AT_ONCE
 from ._names import Wanted
 from ._place import Place, UsageError
 from ._report import Report, Totals
@@ -65,17 +66,20 @@ async def copy(asked: Asked, report: Report) -> Totals:
     totals = Totals()
     async with AsyncExitStack() as stack:
         agent = await stack.enter_async_context(agent_for((asked.source, asked.target), _CONFIG))
-        region = await stack.enter_async_context(agent.allocate((max(1, asked.memory // SLOT), SLOT), "uint8"))
         buckets = Buckets(agent, stack)
         source, target = asked.source, asked.target
-        bucket = None if source.local else await buckets.read(source, asked.source_options)
         _refuse_within(asked)
-        one = await _one(asked, bucket)
         into = None if target.local else await buckets.write(target, asked.target_options, asked.rules.exists)
+        within = into if _one_bucket(asked) else None
+        bucket = within if source.local or within is not None else await buckets.read(source, asked.source_options)
+        one = await _one(asked, bucket)
+        destination = _destination(asked, agent, into, one)
+        slots = _slots(asked.memory // SLOT, destination, one)
+        region = await stack.enter_async_context(agent.allocate((slots, SLOT), "uint8"))
         copier = Copier(
             agent=agent, staging=Staging(region), bucket=bucket, rules=asked.rules, moved=report.moved,
-            destination=_destination(asked, agent, into, one),
-            within=into if _one_bucket(asked) else None,
+            destination=destination,
+            within=within,
             source_url=source.at, target_url=target.at,
         )  # fmt: skip
         found = _alone(one, asked.wanted) if one is not None else _all(asked, bucket)
@@ -150,6 +154,15 @@ def _destination(asked: Asked, agent: Agent, into: Region | None, one: Found | R
     if not single and path and not path.endswith("/"):
         path += "/"
     return ObjectDestination(agent, into, path, exists, single=single)
+
+
+def _slots(most: int, destination: Destination, one: Found | Refused | None) -> int:
+    """How much memory is of use: for one file or object only what is on its way at once."""
+    if not isinstance(one, Found):
+        return most
+    piece = destination.piece(one.nbytes)
+    pieces = min(AT_ONCE, max(1, -(-one.nbytes // piece)))
+    return min(most, pieces * (piece // SLOT))
 
 
 def _refuse_within(asked: Asked) -> None:

@@ -16,9 +16,10 @@ from ._staging import Staging
 from ._sums import encoded
 from ._target import Target
 
-__all__ = ["move"]
+__all__ = ["AT_ONCE", "move"]
 
-_AT_ONCE = 8  # pieces of one file or object
+#: Pieces of one file or object that are on their way.
+AT_ONCE = 8
 
 
 async def move(
@@ -59,7 +60,7 @@ async def move(
             sums[number] = crc, size
             moved(size)
 
-    await _together([some] * min(_AT_ONCE, len(starts)), iter(starts))
+    await _together([some] * min(AT_ONCE, len(starts)), iter(starts))
     whole = 0
     for number in range(len(starts)):
         whole = combine(whole, *sums[number])
