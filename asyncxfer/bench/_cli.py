@@ -29,8 +29,11 @@ __all__ = ["add_arguments", "main"]
 
 _Item = TypeVar("_Item")
 
+#: What some options are for.
+_PLACES = {"way": "file", "folder": "file", "backend": "file", "endpoint": "s3", "bucket": "s3"}
 _UCX_OPTIONS = ("transports", "ucx_progress", "ucx_workers")
 _BLOCK = 4096
+_BUCKET = "asyncxfer-bench"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,13 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     threads = _list_of(_one_of("on", "off", "spin"))
     add("--nixl-progress-thread", type=threads, default=["on"], metavar="on,off,spin", help=thread)
     over = "what systems may use: whatever is fastest on one host (default); TCP, beside a plain socket and iperf3; or "
-    add("--over", choices=["host", "tcp", "ucx", "file"], help=over + "UCX, beside ucx_perftest; or a file")
+    over += "UCX, beside ucx_perftest; or a file; or objects of S3"
+    add("--over", choices=["host", "tcp", "ucx", "file", "s3"], help=over)
     ways = _list_of(_one_of("cached", "direct"))
     add(
         "--way", type=ways, metavar="cached,direct", help="over a file: through the page cache, past it (default: both)"
     )
     add("--folder", metavar="PATH", help="over a file: where it is made (default: the current folder)")
     add("--backend", metavar="NAME", help="over a file: which of our backends moves (default: the one that is chosen)")
+    endpoint = "over S3: what to measure against, by the credentials that the SDK finds (default: a server that keeps "
+    add("--endpoint", metavar="URL", help=endpoint + "nothing)")
+    add("--bucket", metavar="NAME", help=f"over S3: with --endpoint; made if it is not there (default {_BUCKET})")
     transports = f"over UCX: which of its transports everybody may use, as UCX_TLS (default {_ucx.DEFAULT_TRANSPORTS})"
     add("--transports", metavar="UCX_TLS", help=transports)
     driven = "over UCX: who drives it in ours; with several, each runs, and ratios are of the first (default loop)"
@@ -74,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     veth = "over TCP: on loopback, or between two network namespaces joined by a veth, which needs root"
     add("--link", choices=["loopback", "veth"], default="loopback", help=veth)
     add("--mtu", type=_at_least_one, default=1500, metavar="BYTES", help="of the veth (default 1500)")
-    add("--tls", action="store_true", help="over TCP: ours encrypts, beside ours in plain and `ssl`")
+    add("--tls", action="store_true", help="over TCP: ours encrypts, beside ours in plain and `ssl`; over S3: https")
     add("--checksum", action="store_true", help="ours checks every row, beside ours without")
     modes = parser.add_mutually_exclusive_group()
     told = "instead: how soon a receiver knows of a put; on one host and over TCP, or what --over says"
@@ -100,7 +107,9 @@ def main(arguments: argparse.Namespace) -> int:
 
     try:
         with contextlib.ExitStack() as stack:
-            if arguments.over == "file":
+            if arguments.over == "s3":
+                mode, results, table, told = _run_over_s3(arguments)
+            elif arguments.over == "file":
                 mode, results, table, told = _run_over_file(arguments)
             else:
                 options = _options(arguments, stack)
@@ -152,6 +161,30 @@ def _run_over_file(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], C
         stalls = asyncio.run(_file.stall_files(options, _progress, seconds=arguments.stall))
         return "stall", stalls, _report.stall_table, told
     return "compare", asyncio.run(_file.compare_files(options, _progress)), _report.file_table, told
+
+
+def _run_over_s3(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], Callable[..., Any], dict[str, Any]]:
+    from . import _report, _s3
+    from ._s3_cases import OBJECT_SHAPES
+
+    options = _s3.ObjectOptions(
+        shapes=arguments.shapes or OBJECT_SHAPES,
+        ops=arguments.op,
+        rounds=arguments.rounds,
+        warmup=arguments.warmup,
+        seed=arguments.seed,
+        uvloop=arguments.uvloop,
+        nixl=arguments.peer == "nixl",
+        rivals=arguments.stall is None,
+        tls=arguments.tls,
+        endpoint=arguments.endpoint,
+        bucket=arguments.bucket or _BUCKET,
+    )
+    told = {"endpoint": options.endpoint, "link": options.link}
+    if arguments.stall is not None:
+        stalls = asyncio.run(_s3.stall_objects(options, _progress, seconds=arguments.stall))
+        return "stall", stalls, _report.stall_table, told
+    return "compare", asyncio.run(_s3.compare_objects(options, _progress)), _report.object_table, told
 
 
 def _options(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Options:
@@ -240,15 +273,18 @@ def _progress(text: str) -> None:
 
 def _senseless(arguments: argparse.Namespace) -> str:
     """What does not go together; or nothing."""
-    if arguments.over != "tcp":
-        for option, given in (("--link veth", arguments.link == "veth"), ("--tls", arguments.tls)):
-            if given:
-                return f"{option} is for --over tcp"
-    if arguments.over == "file":
+    over = arguments.over
+    if over != "tcp" and arguments.link == "veth":
+        return "--link veth is for --over tcp"
+    if over not in ("tcp", "s3") and arguments.tls:
+        return "--tls is for --over tcp and --over s3"
+    for option, where in _PLACES.items():
+        if over != where and getattr(arguments, option) is not None:
+            return f"--{option} is for --over {where}"
+    if over == "s3":
+        return _senseless_over_s3(arguments)
+    if over == "file":
         return _senseless_over_file(arguments)
-    for option in ("way", "folder", "backend"):
-        if getattr(arguments, option) is not None:
-            return f"--{option} is for --over file"
     if arguments.over == "ucx" and arguments.checksum:
         return "--checksum is not for --over ucx, whose backend computes none"
     if arguments.over != "ucx":
@@ -260,16 +296,38 @@ def _senseless(arguments: argparse.Namespace) -> str:
     return ""
 
 
-def _senseless_over_file(arguments: argparse.Namespace) -> str:
+def _senseless_over_one(arguments: argparse.Namespace) -> str:
+    """What goes with nothing that has one process a system."""
     for option in ("notify", "post", "idle", "in_flight", "checksum", *_UCX_OPTIONS):
         if getattr(arguments, option):
-            return f"--{option.replace('_', '-')} is not for --over file"
+            return f"--{option.replace('_', '-')} is not for --over {arguments.over}"
     if "unprepared" in arguments.lists:
-        return "--lists unprepared is not for --over file"
+        return f"--lists unprepared is not for --over {arguments.over}"
+    if any(shape.one for shape in arguments.shapes or []):
+        return f"one row many times is not for --over {arguments.over}"
+    return ""
+
+
+def _senseless_over_s3(arguments: argparse.Namespace) -> str:
+    if arguments.memory is not None:
+        return "--memory is not for --over s3"
+    if any(shape.contiguous for shape in arguments.shapes or []):
+        return "each row is an object over s3, so that none are contiguous"
+    if arguments.endpoint is None and arguments.bucket is not None:
+        return "--bucket is for --endpoint"
+    if arguments.endpoint is not None and not arguments.endpoint.startswith(("http://", "https://")):
+        return f"--endpoint is a URL such as http://127.0.0.1:8333, not {arguments.endpoint!r}"
+    if arguments.endpoint is not None and arguments.tls:
+        return "--tls is for a server that keeps nothing; an --endpoint speaks what its URL says"
+    return _senseless_over_one(arguments)
+
+
+def _senseless_over_file(arguments: argparse.Namespace) -> str:
+    senseless = _senseless_over_one(arguments)
+    if senseless:
+        return senseless
     if len(arguments.memory or []) > 1:
         return "one kind of --memory at a time over a file"
-    if any(shape.one for shape in arguments.shapes or []):
-        return "one row many times is not for --over file"
     if "direct" in (arguments.way or ["direct"]):
         for shape in arguments.shapes or []:
             if shape.length % _BLOCK:
@@ -291,6 +349,8 @@ def _missing(arguments: argparse.Namespace) -> str:
         return "--uvloop needs uvloop, which is not installed; pip install uvloop"
     if arguments.peer == "nixl" and _nixl.installed_version() is None:
         return f"--peer nixl needs NIXL, which is not installed; {_nixl.INSTALL}"
+    if arguments.over == "s3" and importlib.util.find_spec("aiobotocore") is None:
+        return "--over s3 needs aiobotocore, which is not installed; pip install 'asyncxfer[s3]'"
     if arguments.over == "ucx" and not _ucx.is_installed():
         return f"--over ucx needs ucxx, which is not installed; {_ucx.INSTALL}"
     return ""

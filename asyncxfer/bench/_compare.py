@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ._file_cases import FileCase
     from ._nixl import Thread
+    from ._s3_cases import ObjectCase
     from ._side import Message
     from ._ucx import Progress
 
@@ -128,7 +129,7 @@ class Rival(Protocol):
 class Measured:
     """One system on one case: its rounds, and what was wrong with the bytes, if anything."""
 
-    case: Case | FileCase
+    case: Case | FileCase | ObjectCase
     samples: Sequence[Sample]
     problem: str
 
@@ -152,6 +153,11 @@ class Measured:
         """The target's part of it."""
         return self._per_gib([sample.target_cpu_seconds for sample in self.samples])
 
+    @property
+    def cpu_seconds_per_row(self) -> float:
+        """CPU time of both processes for each row: median over the rounds."""
+        return statistics.median(sample.cpu_seconds for sample in self.samples) / self.case.shape.count
+
     def _per_gib(self, values: Sequence[float]) -> float:
         return statistics.median(values) / (self.case.shape.nbytes / (1 << 30))
 
@@ -160,7 +166,7 @@ class Measured:
 class Line:
     """One case: ours, the others that ran, by name, and how late our loop was (percentiles in seconds)."""
 
-    case: Case | FileCase
+    case: Case | FileCase | ObjectCase
     ours: Measured
     rivals: Mapping[str, Measured]
     lateness: dict[str, float]

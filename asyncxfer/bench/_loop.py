@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ._compare import Options
     from ._file_cases import FileCase
+    from ._s3_cases import ObjectCase
     from ._side import Message
 
 __all__ = ["FLOOD_SHAPES", "Flood", "Stall", "flood", "stall"]
@@ -37,10 +38,10 @@ _PASSES = 4
 class Stall:
     """How late loops were, percentiles in seconds by name: the initiator's idle and moving, the target's meanwhile.
 
-    Over a file there is no target.
+    Over a file, and with objects, there is no target.
     """
 
-    case: Case | FileCase
+    case: Case | FileCase | ObjectCase
     idle: dict[str, float]
     moving: dict[str, float]
     served: dict[str, float] | None

@@ -22,6 +22,7 @@ from ._idle import Idle
 from ._loop import Flood, Stall
 from ._notify import Notified
 from ._post import Posted
+from ._s3_cases import ObjectCase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +38,7 @@ __all__ = [
     "machine",
     "network_table",
     "notify_table",
+    "object_table",
     "post_table",
     "show",
     "stall_table",
@@ -64,7 +66,7 @@ def line_table(lines: Sequence[Line]) -> Table:
     rows = []
     for line in lines:
         theirs = line.nixl
-        assert not isinstance(line.case, FileCase)
+        assert not isinstance(line.case, FileCase | ObjectCase)
         cells = [*_case(line.case), line.ours.samples[-1].backend, _speed(line.ours)]
         cells += [_speed(theirs) if theirs else "-", f"{line.ratio:.2f}" if line.ratio else "-"]
         cells += [f"{line.ours.cpu_seconds_per_gib:.3f}"]
@@ -129,6 +131,28 @@ def file_table(lines: Sequence[Line]) -> Table:
     return Table(headers, rows, note)
 
 
+def object_table(lines: Sequence[Line]) -> Table:
+    """Between memory and objects, one row a case and system."""
+    headers = ["shape", "op", "link", "system", "by", "speed", "ours is x", "CPU ms an op", "x CPU", "loop late"]
+    rows = []
+    for line in lines:
+        assert isinstance(line.case, ObjectCase)
+        for name, system in {OURS: line.ours, **line.rivals}.items():
+            own, cpu = system is line.ours, system.cpu_seconds_per_row
+            cells = [str(line.case.shape), line.case.op, line.case.link, name, system.samples[-1].backend]
+            cells += [_speed(system), "" if own else f"{line.ratio_to(system):.2f}", f"{cpu * 1e3:.3f}"]
+            cells += ["" if own or not cpu else f"{line.ours.cpu_seconds_per_row / cpu:.2f}"]
+            verdict = _verdict(system.problem) if line.case.looked_at else "not kept"
+            rows.append([*cells, _ms(line.lateness["max"]) if own else "", verdict])
+    note = (
+        "Medians. All objects of a shape are moved at once. Ours is x: how many times as fast, median over "
+        "neighbouring\nrounds. CPU ms an op: of the client's process, for each object; x CPU: how many times it ours "
+        "takes. Not kept:\na null server keeps nothing that could be looked at. Loop late: latest tick of a 1 ms "
+        "ticker while ours is\nrepeated, untimed."
+    )
+    return Table([*headers, "bytes"], rows, note)
+
+
 def post_table(results: Sequence[Posted]) -> Table:
     """What it costs to post, one row a case and system."""
     headers = ["shape", "op", "memory", "system", "call", "a row", "until done", "a row", "CPU a row", "done at once"]
@@ -177,11 +201,13 @@ def notify_table(results: Sequence[Notified]) -> Table:
 def stall_table(stalls: Sequence[Stall]) -> Table:
     """How late the loop was, without and with transfers."""
     names = list(stalls[0].idle)
-    where = "way" if isinstance(stalls[0].case, FileCase) else "memory"
+    first = stalls[0].case
+    where = "way" if isinstance(first, FileCase) else "link" if isinstance(first, ObjectCase) else "memory"
     headers = ["shape", "op", where, "GB/s", "ticker", *names, "bytes"]
     rows = []
     for stall in stalls:
-        speed, verdict = f"{stall.gigabytes_per_second:.2f}", _verdict(stall.problem)
+        seen = not isinstance(stall.case, ObjectCase) or stall.case.looked_at
+        speed, verdict = f"{stall.gigabytes_per_second:.2f}", _verdict(stall.problem) if seen else "not kept"
         tickers = {"idle": stall.idle, "moving": stall.moving}
         if stall.served is not None:
             tickers["target"] = stall.served
@@ -235,6 +261,8 @@ def to_plain(result: Line | Stall | Flood | Notified | Posted | Idle) -> dict[st
     plain: dict[str, Any] = {"shape": str(case.shape), "op": case.op}
     if isinstance(case, FileCase):
         plain |= {"way": case.way}
+    elif isinstance(case, ObjectCase):
+        plain |= {"link": case.link, "looked_at": case.looked_at}
     else:
         plain |= {"memory": case.memory, "prepared": case.prepared}
     if isinstance(result, Line):
@@ -278,6 +306,7 @@ def _measured(measured: Measured) -> dict[str, Any]:
         "seconds": measured.seconds,
         "gigabytes_per_second": measured.gigabytes_per_second,
         "cpu_seconds_per_gib": measured.cpu_seconds_per_gib,
+        "cpu_seconds_per_row": measured.cpu_seconds_per_row,
         "target_cpu_seconds_per_gib": measured.target_cpu_seconds_per_gib,
         "samples": [sample.seconds for sample in measured.samples],
         "verified": not measured.problem,
@@ -285,8 +314,12 @@ def _measured(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _case(case: Case | FileCase) -> list[str]:
-    return [str(case.shape), case.action, case.way if isinstance(case, FileCase) else case.memory]
+def _case(case: Case | FileCase | ObjectCase) -> list[str]:
+    if isinstance(case, FileCase):
+        where: str = case.way
+    else:
+        where = case.link if isinstance(case, ObjectCase) else case.memory
+    return [str(case.shape), case.action, where]
 
 
 def _speed(measured: Measured) -> str:

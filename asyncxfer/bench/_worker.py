@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._file_side import FileSide
+    from ._s3_side import ObjectSide
     from ._side import Message, Side
 
 __all__ = ["MAX_LINE"]
@@ -29,10 +30,12 @@ MAX_LINE = 1 << 20
 _PR_SET_PDEATHSIG = 1
 
 
-def _side(options: Message) -> Side | FileSide:
+def _side(options: Message) -> Side | FileSide | ObjectSide:
     """The side that this process is; imported here so that neither system sees the other's."""
     if options["over"] == "file":
         return _file_side(options)
+    if options["over"] == "s3":
+        return _object_side(options)
     if options["system"] == "nixl":
         from ._nixl import NixlSide
 
@@ -62,6 +65,24 @@ def _file_side(options: Message) -> FileSide:
     from ._file_ours import OurFileSide
 
     return OurFileSide(options["backend"], options["memory"])
+
+
+def _object_side(options: Message) -> ObjectSide:
+    if options["system"] == "nixl":
+        from ._s3_nixl import NixlObjectSide
+
+        return NixlObjectSide()
+    if options["system"] == "obstore":
+        from ._s3_obstore import ObstoreSide
+
+        return ObstoreSide()
+    if options["system"] == "aiobotocore":
+        from ._s3_aiobotocore import AiobotocoreSide
+
+        return AiobotocoreSide()
+    from ._s3_ours import OurObjectSide
+
+    return OurObjectSide()
 
 
 async def _serve(options: Message, answers: IO[str]) -> None:

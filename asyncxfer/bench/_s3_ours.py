@@ -1,0 +1,69 @@
+"""asyncxfer between memory and objects, through its public API only: `Agent.open`, `put` and `get`.
+
+The clock runs from calling `put` or `get` with two descriptor lists to its awaited result. It knows nothing of any
+other system.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from asyncxfer import Agent, Region
+
+from ._s3_side import ObjectSide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from asyncxfer import DescriptorList, Transfer
+
+    from ._s3_cases import ObjectCase
+    from ._s3_side import StoreAt
+
+__all__ = ["OurObjectSide"]
+
+
+class OurObjectSide(ObjectSide):
+    """An agent with its default settings."""
+
+    def __init__(self) -> None:
+        self._agent = Agent("bench")
+        self._here: Region | None = None
+        self._there: Region | None = None
+        self._move: Callable[[], Transfer] | None = None
+
+    async def open(self, memory: NDArray[np.uint8], store: StoreAt) -> None:
+        await self._agent.start()
+        options = {"endpoint_url": store.endpoint, "region_name": store.region, "addressing_style": "path"}
+        options |= {"aws_access_key_id": store.access_key, "aws_secret_access_key": store.secret_key}
+        if store.session_token is not None:
+            options["aws_session_token"] = store.session_token
+        if store.ca is not None:
+            options["verify"] = store.ca
+        self._here = await self._agent.register(memory)
+        self._there = await self._agent.open(f"s3://{store.bucket}/{store.prefix}", "r+", options=options)
+
+    async def prepare(self, case: ObjectCase) -> str:
+        assert self._here is not None, "a case came before memory was opened"
+        assert self._there is not None, "a case came before the store was opened"
+        here: DescriptorList = self._here.descriptors(*case.rows())
+        there = self._there[case.keys()]
+        move = self._agent.put if case.op == "put" else self._agent.get
+        self._move = lambda: move(here, there)
+        return self._agent.prepare(case.op, here, there).route.route
+
+    async def move(self, repeats: int) -> None:
+        if self._move is None:
+            raise RuntimeError("a run came before its case was prepared")
+        for _ in range(repeats):
+            await self._move()
+
+    async def release(self) -> None:
+        self._move = None
+
+    async def close(self) -> None:
+        self._move = self._here = self._there = None
+        await self._agent.aclose()
