@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from azure_places import ACCOUNT, KEY, Container
 from fault_proxy import Fault, FaultProxy, Flip, Reply, Reset, Stall, Truncate
+from s3_accounts import soon
 from servers import azurite, certificates
 
 from asyncxfer import ChecksumError, ObjectError, ObjectExistsError, ObjectMissingError, RegistrationError
@@ -58,10 +59,6 @@ class TestHttp(ObjectContract):
 
 
 # ---- the store by itself ------------------------------------------------------------------------------------------
-
-
-def soon(seconds: float = 30.0) -> float:
-    return asyncio.get_running_loop().time() + seconds
 
 
 @contextlib.asynccontextmanager
