@@ -32,7 +32,7 @@ class Bench:
         self.memory: Bytes = region.array
         self.path = path
 
-    def open(self, **options: Any) -> stores.Opening:
+    def open(self, **options: Any) -> stores.Opening[Store]:
         """Open the store; a writer by default, whose blocks are those of the memory."""
         if options.get("mode", "w") == "w":
             options = {"block_bytes": BLOCK, "slab_bytes": 100 * BLOCK} | options

@@ -298,7 +298,9 @@ async def test_what_the_call_can_know_is_wrong(bench: Bench) -> None:
         ({"budget": -1}, "budget is -1"),
         ({"slab_bytes": 0}, "slab_bytes is 0"),
         ({"budget": 100}, "no room for a single block"),
-        ({"path": "s3://bucket/prefix"}, "no directory of this host"),
+        ({"path": "file://elsewhere/prefix"}, "no directory of this host"),
+        ({"path": "s3://bucket/prefix"}, "slab_bytes= and direct= are for files"),
+        ({"options": {"a": 1}}, "options= are for objects"),
         ({"path": ""}, "no path"),
     ],
 )

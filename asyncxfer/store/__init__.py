@@ -9,14 +9,27 @@ Everything is built on the public names of asyncxfer and on the native index, `_
 
 from __future__ import annotations
 
+from asyncxfer._fast.blockindex import MAX_KEY_BYTES
+
+from ._api import Opening, Store
+from ._counters import Tier, TierCounters
 from ._errors import StoreError, StoreFormatError, StoreFullError, StoreLockedError
+from ._journal import Durability
+from ._objects import ObjectStore
+from ._open import open  # noqa: A004
+from ._opening import Mode
 from ._report import Report
-from ._store import MAX_KEY_BYTES, Durability, Mode, Opening, Store, open  # noqa: A004
+from ._store import DiskStore
+from ._tiered import tiered
+from ._tiers import Acknowledge, TieredStore
 
 __all__ = [
     "MAX_KEY_BYTES",
+    "Acknowledge",
+    "DiskStore",
     "Durability",
     "Mode",
+    "ObjectStore",
     "Opening",
     "Report",
     "Store",
@@ -24,7 +37,11 @@ __all__ = [
     "StoreFormatError",
     "StoreFullError",
     "StoreLockedError",
+    "Tier",
+    "TierCounters",
+    "TieredStore",
     "open",
+    "tiered",
 ]
 
 for _name in __all__:

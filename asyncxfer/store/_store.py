@@ -1,4 +1,4 @@
-"""The store: what its user calls, and in what order the parts do it.
+"""The store on disk: what its user calls, and in what order the parts do it.
 
 A put takes blocks, moves the rows and works out their checksums at the same time, and then commits. A get looks up and
 holds blocks, moves them, and looks at them before it tells of them: at their checksum, and in a reader at whether the
@@ -11,106 +11,33 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from asyncxfer import AccessError, Agent, ClosedError, DescriptorError, DescriptorList, Region, XferError
-from asyncxfer._fast.blockindex import MAX_KEY_BYTES, BlockIndex, Bools, Int64s, Packed, Uint32s, Uint64s, pack
+from asyncxfer import AccessError, Agent, ClosedError, DescriptorError, DescriptorList, XferError
+from asyncxfer._fast.blockindex import BlockIndex, Bools, Int64s, Packed, Uint32s, Uint64s, pack
 
+from ._api import Store, check_rows
 from ._commits import Commits
 from ._errors import StoreError, StoreFullError
 from ._journal import Durability
-from ._opening import Mode, Options, Parts, absolute, check, directory_of, open_files
+from ._opening import Mode, Options, Parts, absolute, open_files
 from ._operations import Operations
 from ._slabs import Slabs, in_host_memory
 from ._space import Space
 from ._view import View
 
-__all__ = ["MAX_KEY_BYTES", "Durability", "Mode", "Opening", "Store", "open"]
+__all__ = ["DiskStore", "to_the_end"]
 
-SLAB_BYTES = 1 << 30
 _PIECE = 4096  # keys that are handled at once
 _PIECE_BYTES = 256 * 1024 * 1024
 _ATTEMPTS = 4  # of a reader, at blocks that the writer keeps moving
 
 
-def open(  # noqa: A001 - as `Agent.open`, and Python's own
-    url: str | os.PathLike[str],
-    *,
-    agent: Agent,
-    block_bytes: int | None = None,
-    budget: int | None = None,
-    mode: Mode = "w",
-    durability: Durability = "none",
-    slab_bytes: int = SLAB_BYTES,
-    direct: bool = False,
-) -> Opening:
-    """Open a store of blocks, or make it.
-
-    Parameters
-    ----------
-    url : str or path
-        A directory of its own: a path or a ``file://`` URL.
-    agent : Agent
-        Moves the blocks. It has to be open longer than the store.
-    block_bytes : int or None, bytes
-        Of every block; needed to make a store, and compared with the one that is there. Multiples of 4096 can go past
-        the page cache.
-    budget : int or None, bytes
-        Of all blocks together; the ones used longest ago make room for new ones. None: until the disk is full.
-    mode : {"w", "r"}
-        Write and read: one at a time may, in all processes. Or read what that one has acknowledged.
-    durability : {"none", "data", "full"}
-        What the end of a put or delete outlives: the process; also the machine, by fdatasync; the same by fsync.
-    slab_bytes : int, bytes
-        Of each file of blocks, when a store is made.
-    direct : bool
-        Go past the page cache where that can be done.
-
-    Returns
-    -------
-    Opening
-        ``await`` it for a `Store`, or ``async with`` it.
-
-    Raises
-    ------
-    ConfigError
-        An argument is wrong.
-    StoreError
-        By the await: and its kinds, what is in that directory cannot be used.
-    """
-    check(mode, durability, block_bytes, budget, slab_bytes)
-    options = Options(directory_of(url), block_bytes, budget, mode, durability, slab_bytes, direct)
-    return Opening(lambda: Store._open(agent, options))
-
-
-class Opening(Awaitable["Store"]):
-    """A store that is being opened: ``await`` it, or ``async with`` it to have it closed at the end."""
-
-    def __init__(self, make: Callable[[], Awaitable[Store]]) -> None:
-        self._make = make
-        self._store: Store | None = None
-
-    def __await__(self) -> Generator[Any, None, Store]:
-        return self._make().__await__()
-
-    async def __aenter__(self) -> Store:
-        self._store = await self._make()
-        return self._store
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        store, self._store = self._store, None
-        if store is not None:
-            await store.aclose()
-
-
-class Store:
+class DiskStore(Store):
     """Blocks of one size under keys, on disk. `open` makes one.
 
     Keys are bytes, 1 to `MAX_KEY_BYTES` of them: those of up to 32 bytes are kept as they are, of longer ones their
@@ -130,6 +57,7 @@ class Store:
 
     def __init__(self, options: Options, parts: Parts, agent: Agent) -> None:
         self.path = options.directory
+        self.url = str(options.directory)
         self.mode: Mode = options.mode
         self.durability: Durability = options.durability
         self.block_bytes = parts.identity.block_bytes
@@ -160,13 +88,14 @@ class Store:
     # ---- life ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    async def _open(cls, agent: Agent, options: Options) -> Store:
+    async def open(cls, agent: Agent, options: Options) -> DiskStore:
+        """Open what `options` name."""
         pool = ThreadPoolExecutor(4, thread_name_prefix="axf-store")
         parts = Parts(pool)
         loop = asyncio.get_running_loop()
         try:
-            options = await _to_the_end(loop.run_in_executor(pool, absolute, options))
-            await _to_the_end(loop.run_in_executor(pool, open_files, options, parts))
+            options = await to_the_end(loop.run_in_executor(pool, absolute, options))
+            await to_the_end(loop.run_in_executor(pool, open_files, options, parts))
             store = cls(options, parts, agent)
         except BaseException:
             parts.close()
@@ -194,7 +123,7 @@ class Store:
         if self._ending is None:
             self._closed = True
             self._ending = asyncio.ensure_future(self._end())
-        await _to_the_end(self._ending)
+        await to_the_end(self._ending)
 
     async def _end(self) -> None:
         await self._operations.ended()
@@ -211,17 +140,9 @@ class Store:
                     os.close(self._lock_fd)
                 self._pool.shutdown(wait=False)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._index):,} blocks of {self.block_bytes:,} bytes"
-        return f"<Store {str(self.path)!r}, {self.mode!r}, {state}>"
+        return f"<DiskStore {str(self.path)!r}, {self.mode!r}, {state}>"
 
     def __len__(self) -> int:
         return len(self._index)
@@ -267,7 +188,7 @@ class Store:
             The blocks could not be written.
         """
         commits, space = self._writer("put")
-        self._check_rows(keys, rows)
+        check_rows(keys, rows, self.block_bytes)
         async with self._operations:
             for piece, which in self._pieces(keys):
                 await self._put(commits, space, piece, which, rows, prefix, pin=pin, replace=replace)
@@ -329,7 +250,7 @@ class Store:
             The blocks could not be read.
         """
         self._check_open()
-        self._check_rows(keys, rows)
+        check_rows(keys, rows, self.block_bytes)
         hits = np.zeros(len(keys), np.bool_)
         async with self._operations:
             for piece, which in self._pieces(keys):
@@ -558,6 +479,53 @@ class Store:
             "generation": commits.generation if commits else 0,
         }
 
+    # ---- keys as the index takes them, for tiers -------------------------------------------------------------------
+
+    @property
+    def index(self) -> BlockIndex:
+        """What it knows of its blocks, as of now."""
+        return self._index
+
+    @property
+    def identity(self) -> bytes:
+        """By which its files know one another."""
+        return self._identity.id
+
+    async def put_packed(self, keys: Packed, which: Int64s, rows: DescriptorList, prefix: bytes | None) -> None:
+        """Store those of some blocks of `rows` that are not here."""
+        commits, space = self._writer("put")
+        async with self._operations:
+            await self._put(commits, space, keys, which, rows, prefix, pin=False, replace=False)
+
+    async def get_packed(self, keys: Packed, which: Int64s, rows: DescriptorList) -> Bools:
+        """Read some blocks of `rows`; which keys were here."""
+        self._check_open()
+        async with self._operations:
+            hits = await self._get(keys, which, rows)
+        count = int(np.count_nonzero(hits))
+        self._counters["hits"] += count
+        self._counters["misses"] += len(hits) - count
+        return hits
+
+    async def delete_packed(self, keys: Packed) -> Bools:
+        """Give up blocks; which keys were here."""
+        commits, _ = self._writer("delete")
+        async with self._operations:
+            found, blocks = self._index.remove(keys)
+            self._counters["deleted"] += len(blocks)
+            await commits.clear(blocks)
+        return found
+
+    def pin_packed(self, keys: Packed, change: int) -> None:
+        """Add 1 to the pins of keys, or take 1 away."""
+        self._index.pin(keys, change)
+        if change < 0:
+            self._changed()
+
+    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run what may block."""
+        return await self._in_thread(function, *arguments)
+
     # ---- parts of it ---------------------------------------------------------------------------------------------
 
     @property
@@ -573,16 +541,6 @@ class Store:
         if self._commits is None or self._space is None:
             raise AccessError(f"{what} needs a store opened with mode 'w'; {self.path} was opened with mode 'r'")
         return self._commits, self._space
-
-    def _check_rows(self, keys: Sequence[bytes], rows: DescriptorList) -> None:
-        region = getattr(rows, "region", None)
-        if not isinstance(region, Region):
-            raise DescriptorError(f"rows are {rows!r}; expected descriptors of a region of the store's agent")
-        if rows.nbytes != len(keys) * self.block_bytes:
-            raise DescriptorError(
-                f"{len(keys):,} keys need rows of {len(keys) * self.block_bytes:,} bytes, blocks of "
-                f"{self.block_bytes:,} each; these have {rows.nbytes:,}"
-            )
 
     def _pieces(self, keys: Sequence[bytes]) -> Generator[tuple[Packed, Int64s], None, None]:
         """Give keys in the form that the index takes, and their numbers, as many as are handled at once."""
@@ -602,14 +560,15 @@ class Store:
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run what may block; to its end, also if nobody waits for it any more."""
-        return await _to_the_end(asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments))
+        return await to_the_end(asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments))
 
     def _changed(self) -> None:
         if self._space is not None:
             self._space.changed()
 
 
-async def _to_the_end(future: asyncio.Future[Any]) -> Any:
+async def to_the_end(future: asyncio.Future[Any]) -> Any:
+    """Wait for the end of something, also if whoever waits is cancelled meanwhile."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
