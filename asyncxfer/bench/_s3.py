@@ -99,13 +99,42 @@ class ObjectOptions:
 
 
 class _Objects:
-    """The objects that everybody uses, as the SDK by itself sees them; all calls block."""
+    """The objects that everybody uses, as the SDK by itself sees them. What it fails at is a BenchError."""
 
     def __init__(self, store: StoreAt) -> None:
         self._store = store
+        self._keys: set[str] = set()
+        self._client: Any = None
+        failures = importlib.import_module("botocore.exceptions")
+        self._failures: tuple[type[Exception], ...] = (failures.BotoCoreError, failures.ClientError)
+
+    async def reach(self) -> None:
+        """Make the bucket where there is none."""
+        await self._asked(self._reach)
+
+    async def fill(self, case: ObjectCase) -> None:
+        """Make what a get is to read, and leave nothing where a put is to write."""
+        await self._asked(self._fill, case)
+
+    async def problem(self, case: ObjectCase) -> str:
+        """Check what a put has written."""
+        wrong: int = await self._asked(self._differing, case)
+        return f"{wrong} of {case.shape.count} objects differ" if wrong else ""
+
+    async def close(self) -> None:
+        """Remove them."""
+        await self._asked(self._remove)
+
+    async def _asked(self, call: Callable[..., Any], *arguments: object) -> Any:
+        try:
+            return await asyncio.to_thread(call, *arguments)
+        except self._failures as error:
+            raise BenchError(f"{self._store.endpoint} cannot be used: {error}") from error
+
+    def _reach(self) -> None:
+        store = self._store
         session: Any = importlib.import_module("botocore.session").get_session()
-        config: Any = importlib.import_module("botocore.config").Config(s3={"addressing_style": "path"})
-        self._client: Any = session.create_client(
+        self._client = session.create_client(
             "s3",
             endpoint_url=store.endpoint,
             region_name=store.region,
@@ -113,15 +142,16 @@ class _Objects:
             aws_secret_access_key=store.secret_key,
             aws_session_token=store.session_token,
             verify=store.ca,
-            config=config,
+            config=importlib.import_module("botocore.config").Config(s3={"addressing_style": "path"}),
         )
-        self._keys: set[str] = set()
-        buckets = [bucket["Name"] for bucket in self._client.list_buckets()["Buckets"]]
-        if store.bucket not in buckets:
+        try:
+            self._client.head_bucket(Bucket=store.bucket)
+        except self._client.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                raise
             self._client.create_bucket(Bucket=store.bucket)
 
-    def fill(self, case: ObjectCase) -> None:
-        """Make what a get is to read, and leave nothing where a put is to write."""
+    def _fill(self, case: ObjectCase) -> None:
         for number, key in enumerate(case.keys()):
             whole = self._store.prefix + key
             self._keys.add(whole)
@@ -130,17 +160,15 @@ class _Objects:
             else:
                 self._client.delete_object(Bucket=self._store.bucket, Key=whole)
 
-    def problem(self, case: ObjectCase) -> str:
-        """Check what a put has written."""
+    def _differing(self, case: ObjectCase) -> int:
         wrong = 0
         for number, key in enumerate(case.keys()):
             answer = self._client.get_object(Bucket=self._store.bucket, Key=self._store.prefix + key)
             content = np.frombuffer(answer["Body"].read(), np.uint8)
             wrong += not np.array_equal(content, case.holds(number))
-        return f"{wrong} of {case.shape.count} objects differ" if wrong else ""
+        return wrong
 
-    def close(self) -> None:
-        """Remove them."""
+    def _remove(self) -> None:
         for key in self._keys:
             self._client.delete_object(Bucket=self._store.bucket, Key=key)
         self._client.close()
@@ -165,10 +193,10 @@ class _System:
     async def finish(self, case: ObjectCase) -> str:
         """Move once more, to what is blank, and check every byte that can be seen."""
         if case.op == "put" and self._objects is not None:
-            await asyncio.to_thread(self._objects.fill, case)
+            await self._objects.fill(case)
         problem = (await self.worker.ask("finish", case=case.to_message()))["problem"]
         if case.op == "put" and self._objects is not None:
-            return await asyncio.to_thread(self._objects.problem, case)
+            return await self._objects.problem(case)
         return str(problem)
 
 
@@ -186,7 +214,7 @@ async def compare_objects(options: ObjectOptions, report: Callable[[str], None])
         for case in options.cases():
             report(str(case))
             if objects is not None:
-                await asyncio.to_thread(objects.fill, case)
+                await objects.fill(case)
             lines.append(await _line(case, systems, options))
     return lines
 
@@ -206,7 +234,7 @@ async def stall_objects(options: ObjectOptions, report: Callable[[str], None], *
         for case in options.cases():
             report(f"{case}: {2 * seconds:.0f} s")
             if objects is not None:
-                await asyncio.to_thread(objects.fill, case)
+                await objects.fill(case)
             await ours.begin(case, warmup=options.warmup)
             idle = await ours.worker.ask("idle", within=seconds + 60, seconds=seconds)
             moving = await ours.worker.ask("watch", within=seconds + 60, seconds=seconds)
@@ -228,8 +256,9 @@ async def _start(
         store = StoreAt(url, options.bucket, prefix, "us-east-1", "null", "null", ca=ca)
     else:
         store = _store_at(options.endpoint, options.bucket, prefix)
-        objects = await _reach(store)
-        stack.push_async_callback(asyncio.to_thread, objects.close)
+        objects = _Objects(store)
+        await objects.reach()
+        stack.push_async_callback(objects.close)
     nbytes = max(case.shape.span for case in options.cases())
     systems: dict[str, _System] = {}
     for name, system, told in options.systems(report):
@@ -253,14 +282,6 @@ def _store_at(endpoint: str, bucket: str, prefix: str) -> StoreAt:
     region = session.get_config_variable("region") or "us-east-1"
     ca = session.get_config_variable("ca_bundle") if endpoint.startswith("https") else None
     return StoreAt(endpoint, bucket, prefix, region, frozen.access_key, frozen.secret_key, frozen.token, ca)
-
-
-async def _reach(store: StoreAt) -> _Objects:
-    failures = importlib.import_module("botocore.exceptions")
-    try:
-        return await asyncio.to_thread(_Objects, store)
-    except (failures.BotoCoreError, failures.ClientError) as error:
-        raise BenchError(f"{store.endpoint} cannot be used: {error}") from error
 
 
 def _certificate(stack: AsyncExitStack) -> Path:
