@@ -10,7 +10,7 @@ import asyncio
 import os
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -548,11 +548,13 @@ class Agent:
         local, remote = sized(local, remote)
         pairs = match(local, remote)
         rows = int(pairs["count"].sum())
-        offers = _offers(live, op, here, there)
-        if checksum:
-            unable = {name for name, backend in live.backends.items() if not backend.checksums}
-            offers = [(n, Offer(o.via, reason="does not compute checksums") if n in unable else o) for n, o in offers]
-        taken = _chooser.choose(_chooser.weigh(op, rows, local.nbytes, offers, backend))
+        taken = _chooser.quickest(rows, local.nbytes, _able(live, op, here, there, checksum=checksum), backend)
+        if taken is None:
+            offers = _offers(live, op, here, there)
+            if checksum:
+                unable = {name for name, backend in live.backends.items() if not backend.checksums}
+                offers = [(n, Offer(o.via, reason=_NO_CHECKSUMS) if n in unable else o) for n, o in offers]
+            taken = _chooser.choose(_chooser.weigh(op, rows, local.nbytes, offers, backend))
         remote_registration: Registration | RemoteRegistration
         peer, link, slot, epoch, endpoint = self.name, None, 0, 0, None
         if isinstance(there, RemoteRegion):
@@ -669,6 +671,23 @@ def _named(local: DescriptorList, remote: DescriptorList) -> dict[str, Any]:
         if isinstance(side, ObjectRows):
             return {"keys": side.keys, "whole": side.whole}
     return {}
+
+
+_NO_CHECKSUMS = "does not compute checksums"
+
+
+def _able(
+    live: _Live, op: Op, here: Region, there: Region | RemoteRegion, *, checksum: bool
+) -> Iterator[tuple[str, Offer]]:
+    """What the backends offer that know both sides."""
+    kinds = here.kind, there.kind
+    remote = there.attachments if isinstance(there, RemoteRegion) else there.registrations
+    for name, registration in here.registrations.items():
+        backend, other = live.backends[name], remote.get(name)
+        if other is not None and kinds in backend.capabilities.kinds and (backend.checksums or not checksum):
+            endpoint = there.peer.endpoints.get(name) if isinstance(there, RemoteRegion) else None
+            for offer in backend.offers(op, registration, other, endpoint):
+                yield name, offer
 
 
 def _offers(live: _Live, op: Op, here: Region, there: Region | RemoteRegion) -> list[tuple[str, Offer]]:

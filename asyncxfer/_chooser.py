@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ._errors import NoRouteError
 from .abc import Offer, Op
 
-__all__ = ["Candidate", "Explanation", "choose", "weigh"]
+__all__ = ["Candidate", "Explanation", "choose", "quickest", "weigh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,30 @@ def weigh(
         for i, c in enumerate(able)
     ]
     return Explanation(op, nbytes, rows, (*ranked, *unable))
+
+
+def quickest(
+    rows: int, nbytes: int, offers: Iterable[tuple[str, Offer]], wanted: str | None = None
+) -> Candidate | None:
+    """Give the candidate that `weigh` would take, and spare the words on the others; None where there is none.
+
+    Parameters
+    ----------
+    rows, nbytes : int
+        Size of the transfer.
+    offers : iterable of (backend name, Offer)
+    wanted : str or None
+        A backend, or ``"backend:via"``, that the caller insists on.
+    """
+    best: tuple[str, Offer] | None = None
+    least = 0.0
+    for backend, offer in offers:
+        if offer.cost is None or (wanted is not None and wanted not in (backend, f"{backend}:{offer.via}")):
+            continue
+        seconds = offer.cost.predict(rows, nbytes)
+        if best is None or seconds < least:
+            best, least = (backend, offer), seconds
+    return None if best is None else Candidate(best[0], best[1].via, least, "least predicted time", taken=True)
 
 
 def choose(explanation: Explanation) -> Candidate:
