@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,20 +198,26 @@ class Tokens:
         return AccessToken(b".".join([*parts, b"c2lnbmVk"]).decode(), until)
 
 
-async def test_tokens_are_sent_and_renewed(tmp_path: Path, key: str) -> None:
+@pytest.fixture(name="secure")
+def secure_fixture(tmp_path: Path) -> Iterator[tuple[Container, Path]]:
+    """A container of an Azurite that speaks TLS, and what its client has to trust."""
     certified = certificates(tmp_path)
     with azurite(certified) as url:
-        container = Container.make(url, certified.client_context())
-        tokens = Tokens(-100.0)
-        options = {"account_url": container.account_url, "credential": tokens, "verify": str(certified.ca)}
-        async with opened(container, options) as store:
+        yield Container.make(url, certified.client_context()), certified.ca
+
+
+async def test_tokens_are_sent_and_renewed(secure: tuple[Container, Path], key: str) -> None:
+    container, ca = secure
+    tokens = Tokens(-100.0)
+    options = {"account_url": container.account_url, "credential": tokens, "verify": str(ca)}
+    async with opened(container, options) as store:
+        await put(store, key, DATA)
+        assert await got(store, key, len(DATA), verify=True) == DATA
+    assert tokens.asked == 2
+    tokens = Tokens(-100.0, -100.0)
+    async with opened(container, {**options, "credential": tokens}) as store:
+        with pytest.raises(ObjectError, match=r"\(401|\(403, AuthenticationFailed"):
             await put(store, key, DATA)
-            assert await got(store, key, len(DATA), verify=True) == DATA
-        assert tokens.asked == 2
-        tokens = Tokens(-100.0, -100.0)
-        async with opened(container, {**options, "credential": tokens}) as store:
-            with pytest.raises(ObjectError, match=r"\(401|\(403, AuthenticationFailed"):
-                await put(store, key, DATA)
 
 
 @pytest.mark.parametrize(
