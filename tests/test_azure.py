@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
@@ -22,9 +23,11 @@ from servers import azurite, certificates
 from asyncxfer import ChecksumError, ObjectError, ObjectExistsError, ObjectMissingError, RegistrationError
 from asyncxfer._config import Config
 from asyncxfer._fast.crc64 import crc64nvme
-from asyncxfer.abc import Exists
+from asyncxfer.abc import BackendError, Exists
 from asyncxfer.backends._azure_account import AzureAccount
-from asyncxfer.backends._azure_store import AzureStore, _on_the_wire
+from asyncxfer.backends._azure_store import AzureStore, _listed, _on_the_wire
+from asyncxfer.backends._object._xml import parse
+from asyncxfer.backends.azure import AzureBackend
 from asyncxfer.testing import ObjectContract
 
 DATA = os.urandom(20_000)
@@ -158,6 +161,22 @@ async def test_a_changed_blob_is_an_error(container: Container, key: str) -> Non
             await got(store, key, len(DATA), etag=etag)
 
 
+def test_a_list_as_azure_itself_writes_it() -> None:
+    """With a byte order mark, etags without quotes, and names in percent where XML cannot say them."""
+    properties = "<Properties><Last-Modified>Mon, 27 Jul 2026 10:00:00 GMT</Last-Modified><Etag>0x8D</Etag>"
+    properties += "<Content-Length>5</Content-Length><Content-MD5/></Properties>"
+    names = "<Name>a/b</Name>", '<Name Encoded="true">a%00%EF%BF%BE</Name>'
+    blobs = "".join(f"<Blob>{name}{properties}</Blob>" for name in names)
+    said = (
+        f'\ufeff<?xml version="1.0" encoding="utf-8"?><EnumerationResults><Blobs>{blobs}</Blobs></EnumerationResults>'
+    )
+    found = [_listed(node) for node in parse(said.encode()).all("Blobs")[0].all("Blob")]
+    assert [info.key for info in found] == ["a/b", "a\0\ufffe"]
+    assert {(info.nbytes, info.etag, info.modified, info.checksum) for info in found} == {
+        (5, '"0x8D"', 1785146400.0, None)
+    }
+
+
 # ---- who asks -----------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +267,12 @@ async def test_options_that_are_of_no_use(options: dict[str, object], what: str)
         await AzureAccount.open("container", options)
     assert "az://container" in str(caught.value)
     assert "not base64" not in str(caught.value)
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "azure.storage.blob", None)
+    with pytest.raises(BackendError, match=r"azure-storage-blob: pip install 'asyncxfer\[azure\]'"):
+        AzureBackend.examine(Config())
 
 
 async def test_who_may_not_is_told(container: Container, key: str) -> None:

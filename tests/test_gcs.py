@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -26,10 +27,11 @@ from servers import plain_request
 from asyncxfer import ObjectError, RegistrationError
 from asyncxfer._config import Config
 from asyncxfer._fast.crc32c import crc32c
-from asyncxfer.abc import Exists
+from asyncxfer.abc import BackendError, Exists
 from asyncxfer.backends._gcs_account import GcsAccount
 from asyncxfer.backends._gcs_store import GcsStore
 from asyncxfer.backends._object._sums import combine_crc32c
+from asyncxfer.backends.gcs import GcsBackend
 from asyncxfer.testing import ObjectContract
 
 DATA = os.urandom(20_000)
@@ -320,6 +322,13 @@ async def test_options_that_are_of_no_use(options: dict[str, object], what: str)
     with pytest.raises(RegistrationError, match=what) as caught:
         await GcsAccount.open(_BUCKET, options)
     assert f"gs://{_BUCKET}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("module", "package"), [("google.auth", "google-auth"), ("requests", "requests")])
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendError, match=rf"{package}: pip install 'asyncxfer\[gcs\]'"):
+        GcsBackend.examine(Config())
 
 
 async def test_a_missing_bucket_is_named(server: str) -> None:
