@@ -32,6 +32,20 @@ INTERNAL = {
     "asyncxfer.Peer.check_joined",
     "asyncxfer.Region.check_open",
     "asyncxfer.RemoteRegion.check_open",
+    # What a tiered store calls on its tiers.
+    "asyncxfer.store.DiskStore.delete_packed",
+    "asyncxfer.store.DiskStore.get_packed",
+    "asyncxfer.store.DiskStore.identity",
+    "asyncxfer.store.DiskStore.in_thread",
+    "asyncxfer.store.DiskStore.index",
+    "asyncxfer.store.DiskStore.open",
+    "asyncxfer.store.DiskStore.pin_packed",
+    "asyncxfer.store.DiskStore.put_packed",
+    "asyncxfer.store.ObjectStore.open",
+    "asyncxfer.store.ObjectStore.receive",
+    "asyncxfer.store.ObjectStore.send",
+    "asyncxfer.store.TieredStore.open",
+    "asyncxfer.store.TierCounters.add",
 }
 
 

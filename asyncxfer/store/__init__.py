@@ -1,8 +1,8 @@
-"""A store of KV-cache blocks on local disks: fixed-size blocks in slab files, found by key.
+"""Stores of KV-cache blocks: of fixed size, found by key, in slab files on local disks, as objects, or in tiers.
 
-`open` is where to begin. A store has one writer, which holds a lock, and any number of readers in other processes,
-which see what the writer has acknowledged. It moves blocks with the agent that it is given, through `Agent.open`, and
-so takes descriptor lists: paged memory goes in and out without a copy.
+`open` and `tiered` are where to begin. A store on disk has one writer, which holds a lock, and any number of readers in
+other processes, which see what the writer has acknowledged. Stores move blocks with the agent that they are given,
+through `Agent.open`, and so take descriptor lists: paged memory goes in and out without a copy.
 
 Everything is built on the public names of asyncxfer and on the native index, `_fast.blockindex`.
 """
