@@ -23,6 +23,7 @@ __all__ = ["DiskTier"]
 _PIECE = 512  # blocks that are looked at without letting the loop turn
 _NOTED_AT_ONCE = 256
 _LEAST_NOTED = 65_536
+_FIRST_BLOCKS = 1 << 20  # the system gives the memory when it is first written to
 _RECORD = np.dtype({
     "names": ["length", "block", "sequence", "key"], "formats": ["u1", "<u4", "<u8", ("u1", 32)],
     "offsets": [5, 8, 16, 24], "itemsize": RECORD_BYTES,
@@ -42,14 +43,14 @@ class DiskTier:
     def __init__(self, store: DiskStore, url: str) -> None:
         self.store = store
         self._note = Uploaded(store.path, store.identity, url)
-        self._objects = np.zeros(0, np.uint64)  # by block: the sequence by which it is an object too
+        self._objects = np.zeros(_FIRST_BLOCKS, np.uint64)  # by block: the sequence by which it is an object too
         self._to_note: list[int] = []
         self._noting: asyncio.Task[None] | None = None
 
     async def begin(self) -> AsyncIterator[Packed]:
         """Read the note and write it anew; the keys that are no objects yet, pinned, some at a time."""
         store = self.store
-        noted = np.sort(await store.in_thread(self._note.read))
+        noted: Uint64s = await store.in_thread(lambda: np.sort(self._note.read()))
         kept = []
         for start in range(0, store.index.top, _PIECE):
             records = np.frombuffer(store.index.export(start, start + _PIECE, 0), _RECORD)
@@ -66,7 +67,7 @@ class DiskTier:
                 store.pin_packed(packed, 1)
                 yield packed
             await asyncio.sleep(0)
-        await store.in_thread(self._note.write, np.concatenate(kept) if kept else noted[:0])
+        await store.in_thread(lambda: self._note.write(np.concatenate([noted[:0], *kept])))
 
     async def put(self, keys: Packed, which: Int64s, rows: DescriptorList, prefix: bytes | None) -> None:
         """Store those blocks that are not here."""
@@ -107,7 +108,7 @@ class DiskTier:
             while self._to_note:
                 sequences, self._to_note = np.array(self._to_note, np.uint64), []
                 if self._note.count > max(_LEAST_NOTED, 2 * self.store.index.count):
-                    await self.store.in_thread(self._note.write, self._objects[self._objects > 0])
+                    await self.store.in_thread(lambda: self._note.write(self._objects[self._objects > 0]))
                 else:
                     await self.store.in_thread(self._note.append, sequences)
         except OSError:
@@ -117,7 +118,8 @@ class DiskTier:
 
     def _marks(self, blocks: Int64s) -> Uint64s:
         self._grow(blocks)
-        return self._objects[blocks] if len(self._objects) else np.zeros(len(blocks), np.uint64)
+        marks: Uint64s = self._objects[blocks]
+        return marks
 
     def _mark(self, blocks: Int64s, sequences: Uint64s) -> None:
         self._grow(blocks)
@@ -126,7 +128,7 @@ class DiskTier:
     def _grow(self, blocks: Int64s) -> None:
         top = int(blocks.max(initial=-1)) + 1
         if top > len(self._objects):
-            grown = np.zeros(max(top, 2 * len(self._objects)), np.uint64)
+            grown = np.zeros(max(top, 4 * len(self._objects)), np.uint64)
             grown[: len(self._objects)] = self._objects
             self._objects = grown
 

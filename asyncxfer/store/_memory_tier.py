@@ -102,19 +102,16 @@ class MemoryTier:
             self._orphans.add(slot)
             self.release((slot,))
 
-    def drop(self, idents: Iterable[bytes]) -> list[bool]:
-        """Forget blocks; which were here."""
-        found = []
+    def drop(self, idents: Iterable[bytes]) -> None:
+        """Forget blocks."""
         for ident in idents:
             slot = self._slots.pop(ident, None)
-            found.append(slot is not None)
             if slot is None:
                 continue
             if self._holds[slot]:
                 self._orphans.add(slot)
             else:
                 self._free.append(slot)
-        return found
 
     async def aclose(self) -> None:
         """Let go of the memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,7 @@ __all__ = ["BATCH", "ObjectStore", "Place", "idents_of"]
 
 BATCH = 8  # blocks that are put by one transfer
 _WIDTH = 64  # requests of one call that are under way
-_PIECE = 1000  # keys of a call that are looked at without letting the loop turn
+_PIECE = 512  # keys of a call that are looked at without letting the loop turn
 _REMEMBERED = 65_536  # keys whose objects proved damaged
 
 
@@ -211,9 +211,12 @@ class ObjectStore(Store):
             raise StoreError(f"blocks of {self.url} cannot be pinned: open it without a budget, and all of them stay")
         self._check_writable("put")
         check_rows(keys, rows, self.block_bytes)
-        idents = idents_of(keys)
+        async with self._operations:
+            for idents, first in _pieces(keys):
+                await self._put(idents, first, rows, replace=replace)
 
-        todo = list(dict(zip(idents, range(len(keys)), strict=True)).values())[::-1]  # of equal keys, the last counts
+    async def _put(self, idents: list[bytes], first: int, rows: DescriptorList, *, replace: bool) -> None:
+        todo = list(dict(zip(idents, range(len(idents)), strict=True)).values())[::-1]  # of equal keys, the last counts
 
         async def some(_: int) -> None:
             while todo:
@@ -221,13 +224,12 @@ class ObjectStore(Store):
                     which = [todo.pop() for _ in slots[: len(todo)]]
                     if which:
                         taken = slots[: len(which)]
-                        chosen = chosen_rows(rows, np.array(which), self.block_bytes)
+                        chosen = chosen_rows(rows, first + np.array(which), self.block_bytes)
                         await self._agent.put(chosen, self.staging.blocks(taken))
                         await self.send([idents[number] for number in which], taken, replace=replace)
 
-        async with self._operations:
-            width = min(_WIDTH, -(-len(todo) // BATCH))
-            await spread(range(width), some, width)
+        width = min(_WIDTH, -(-len(todo) // BATCH))
+        await spread(range(width), some, width)
 
     async def get(self, keys: Sequence[bytes], rows: DescriptorList) -> Bools:
         """Read blocks.
@@ -257,18 +259,21 @@ class ObjectStore(Store):
         """
         self._check_open()
         check_rows(keys, rows, self.block_bytes)
-        idents, hits = idents_of(keys), np.zeros(len(keys), np.bool_)
+        hits = np.zeros(len(keys), np.bool_)
+        async with self._operations:
+            for idents, first in _pieces(keys):
+                await self._get(idents, first, rows, hits)
+        return hits
 
+    async def _get(self, idents: list[bytes], first: int, rows: DescriptorList, hits: Bools) -> None:
         async def one(number: int) -> None:
             async with self.staging.slots(1) as slots:
                 if await self.receive(idents[number], slots[0]):
-                    row = chosen_rows(rows, np.array([number]), self.block_bytes)
+                    row = chosen_rows(rows, np.array([first + number]), self.block_bytes)
                     await self._agent.get(row, self.staging.blocks(slots))
-                    hits[number] = True
+                    hits[first + number] = True
 
-        async with self._operations:
-            await spread(range(len(keys)), one, _WIDTH)
-        return hits
+        await spread(range(len(idents)), one, _WIDTH)
 
     async def contains(self, keys: Sequence[bytes]) -> Bools:
         """Tell of each key whether it has an object, by a request each; the object is not looked into.
@@ -291,14 +296,17 @@ class ObjectStore(Store):
             The store refused or did not answer.
         """
         self._check_open()
-        idents, found = idents_of(keys), np.zeros(len(keys), np.bool_)
+        found = np.zeros(len(keys), np.bool_)
+        async with self._operations:
+            for idents, first in _pieces(keys):
+                await self._look(idents, found[first : first + len(idents)])
+        return found
 
+    async def _look(self, idents: list[bytes], found: Bools) -> None:
         async def one(number: int) -> None:
             found[number] = await self._length(name_of(idents[number])) == self._object_bytes
 
-        async with self._operations:
-            await spread(range(len(keys)), one, _WIDTH)
-        return found
+        await spread(range(len(idents)), one, _WIDTH)
 
     async def delete(self, keys: Sequence[bytes]) -> Bools:
         """Delete the objects of keys; returns once they are gone.
@@ -325,12 +333,12 @@ class ObjectStore(Store):
         """
         self._check_writable("delete")
         found = await self.contains(keys)
-        names = [name_of(ident) for ident in dict.fromkeys(idents_of(keys))]
         async with self._operations:
-            for start in range(0, len(names), _PIECE):
-                await self._delete_objects(names[start : start + _PIECE])
-        if self._room is not None:
-            self._room.forget(names)
+            for idents, _ in _pieces(keys):
+                names = [name_of(ident) for ident in dict.fromkeys(idents)]
+                await self._delete_objects(names)
+                if self._room is not None:
+                    self._room.forget(names)
         self._counters["deleted"] += int(np.count_nonzero(found))
         return found
 
@@ -457,8 +465,8 @@ class ObjectStore(Store):
             raise AccessError(f"{what} needs a store opened with mode 'w'; {self.url} was opened with mode 'r'")
 
 
-def idents_of(keys: Sequence[bytes]) -> list[bytes]:
-    """Give keys the form in which the index takes them, each by itself.
+def idents_of(keys: Sequence[bytes], first: int = 0) -> list[bytes]:
+    """Give keys the form in which the index takes them, each by itself; `first` is the number of the first one.
 
     Raises
     ------
@@ -468,8 +476,14 @@ def idents_of(keys: Sequence[bytes]) -> list[bytes]:
     try:
         packed = pack(keys).tobytes()
     except (TypeError, ValueError) as error:
-        raise DescriptorError(str(error)) from error
+        raise DescriptorError(f"{error} (counted from key {first})" if first else str(error)) from error
     return [packed[start : start + IDENT_BYTES] for start in range(0, len(packed), IDENT_BYTES)]
+
+
+def _pieces(keys: Sequence[bytes]) -> Iterator[tuple[list[bytes], int]]:
+    """Give keys as many at once as the loop has time for, and the number of the first."""
+    for first in range(0, len(keys), _PIECE):
+        yield idents_of(keys[first : first + _PIECE], first), first
 
 
 async def _head(agent: Agent, region: Region, place: Place) -> tuple[int, bool]:

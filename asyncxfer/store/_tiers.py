@@ -217,9 +217,8 @@ class TieredStore(Store):
             raise StoreError("keys of a tiered store are names of content; delete a block before it is put anew")
         self._check_open()
         check_rows(keys, rows, self.block_bytes)
-        idents = idents_of(keys)
         async with self._operations:
-            for piece, which in _pieces(idents, min(_PIECE, self._tiers.backlog)):
+            for piece, which in _pieces(keys, min(_PIECE, self._tiers.backlog)):
                 await self._put(piece, which, rows, prefix, pin=pin)
                 await asyncio.sleep(0)
 
@@ -273,9 +272,9 @@ class TieredStore(Store):
         """
         self._check_open()
         check_rows(keys, rows, self.block_bytes)
-        idents, sources = idents_of(keys), np.zeros(len(keys), np.uint8)
+        sources = np.zeros(len(keys), np.uint8)
         async with self._operations:
-            for piece, which in _pieces(idents, _PIECE):
+            for piece, which in _pieces(keys, _PIECE):
                 await self._get(piece, which, rows, sources)
                 await asyncio.sleep(0)
         return sources
@@ -301,10 +300,11 @@ class TieredStore(Store):
             The object store refused or did not answer.
         """
         self._check_open()
-        idents = idents_of(keys)
         async with self._operations:
             found = await self.disk.contains(keys)
-            found |= np.fromiter((ident in self._memory for ident in idents), np.bool_, len(idents))
+            for idents, which in _pieces(keys, _PIECE):
+                found[which] |= np.fromiter((ident in self._memory for ident in idents), np.bool_, len(idents))
+                await asyncio.sleep(0)
             rest = np.flatnonzero(~found)
             found[rest] = await self.objects.contains([keys[number] for number in rest.tolist()])
         return found
@@ -335,15 +335,22 @@ class TieredStore(Store):
             The object store refused or did not answer: the blocks may still be there.
         """
         self._check_open()
-        idents = idents_of(keys)
+        found = np.zeros(len(keys), np.bool_)
         async with self._operations:
             if self._settling:
                 await asyncio.wait(list(self._settling))
-            await self._uploads.forget(dict.fromkeys(idents))
-            found = np.array(self._memory.drop(idents), np.bool_)
-            found |= await self.disk.delete(keys)  # first, since what is noted on disk has to be an object
-            found |= await self.objects.delete(keys)
-            await self._sweep([ident for ident in idents if ident not in self._uploads])
+            for first in range(0, len(keys), _PIECE):
+                found[first : first + _PIECE] = await self._delete(keys[first : first + _PIECE], first)
+        return found
+
+    async def _delete(self, keys: Sequence[bytes], first: int) -> Bools:
+        idents = idents_of(keys, first)
+        await self._uploads.forget(dict.fromkeys(idents))
+        found = np.array([ident in self._memory for ident in idents], np.bool_)
+        self._memory.drop(idents)
+        found |= await self.disk.delete(keys)  # first, since what is noted on disk has to be an object
+        found |= await self.objects.delete(keys)
+        await self._sweep([ident for ident in idents if ident not in self._uploads])
         return found
 
     async def _sweep(self, idents: list[bytes]) -> None:
@@ -599,15 +606,15 @@ class TieredStore(Store):
             raise ClosedError(f"the store {self.url} was closed")
 
 
-def _pieces(idents: list[bytes], most: int) -> Iterator[tuple[list[bytes], Int64s]]:
-    """Give keys and their numbers, so many at once and none of them twice in a piece."""
-    numbers: dict[bytes, int] = {}
-    for number, ident in enumerate(idents):
-        if len(numbers) == most or ident in numbers:
-            yield list(numbers), np.fromiter(numbers.values(), np.int64, len(numbers))
-            numbers = {}
-        numbers[ident] = number
-    if numbers:
+def _pieces(keys: Sequence[bytes], most: int) -> Iterator[tuple[list[bytes], Int64s]]:
+    """Give keys as the tiers take them, and their numbers, so many at once and none of them twice in a piece."""
+    for first in range(0, len(keys), most):
+        numbers: dict[bytes, int] = {}
+        for number, ident in enumerate(idents_of(keys[first : first + most], first), start=first):
+            if ident in numbers:
+                yield list(numbers), np.fromiter(numbers.values(), np.int64, len(numbers))
+                numbers = {}
+            numbers[ident] = number
         yield list(numbers), np.fromiter(numbers.values(), np.int64, len(numbers))
 
 
