@@ -30,8 +30,8 @@ from asyncxfer.store import Tier
 BLOCKS = int(os.environ.get("TIER_BLOCKS", "480")) // BATCH * BATCH
 ROUNDS = int(os.environ.get("TIER_ROUNDS", "3"))
 TESTS = Path(__file__).parent
-#: What a writer may grow by besides the memory tier: slots of staging, of 20 KiB, connections, what Python keeps.
-BESIDES = 64 * 1024 * 1024
+#: What a writer may grow by, once it is open, besides its memory tier: staging, connections, what Python keeps.
+BESIDES = 32 * 1024 * 1024
 
 pytestmark = [pytest.mark.slow, pytest.mark.stress, pytest.mark.timeout(120 + BLOCKS // 50)]
 

@@ -51,31 +51,30 @@ class Watch:
     """How late the loop comes to what is due each millisecond, and the most memory that the process had."""
 
     def __init__(self) -> None:
-        self.late: list[float] = []
-        self.resident = 0
+        self._late = np.zeros(20_000, np.int64)  # counts, by tenths of a millisecond
+        self.resident = self.begun = resident()
         self._task = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        ticks = 0
         while True:
-            due = time.perf_counter() + 0.001
+            due = loop.time() + 0.001
             await asyncio.sleep(0.001)
-            self.late.append(time.perf_counter() - due)
-            if len(self.late) % 100 == 0:
+            self._late[min(int((time.monotonic() - due) * 1e4), len(self._late) - 1)] += 1
+            ticks += 1
+            if ticks % 100 == 0:
                 self.resident = max(self.resident, resident())
-                self.tell()
 
-    def tell(self) -> None:
-        """Say what was seen by now."""
-        late = np.array(self.late) * 1000
-        figures = {
-            "late_p50_ms": np.percentile(late, 50), "late_p99_ms": np.percentile(late, 99),
-            "late_p999_ms": np.percentile(late, 99.9), "late_max_ms": late.max(), "resident": self.resident,
-        }  # fmt: skip
-        say(["!" + json.dumps({name: float(value) for name, value in figures.items()})])
-
-    def stop(self) -> None:
-        """End it."""
+    def stop(self) -> dict[str, float]:
+        """End it; what was seen."""
         self._task.cancel()
+        counts = np.cumsum(self._late)
+        figures = {
+            f"late_{name}_ms": int(np.searchsorted(counts, share * counts[-1])) / 10
+            for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999), ("max", 1))
+        }
+        return {**figures, "resident": self.resident, "grown": self.resident - self.begun}
 
 
 async def work(store: stores.TieredStore, region: Any, task: int, todo: list[int]) -> None:
@@ -95,17 +94,13 @@ async def main(path: str, url: str, options: dict[str, object], first: int, last
     async with (
         Agent("writer", backends=["local", "uring", "s3"]) as agent,
         agent.allocate((TASKS * BATCH, BLOCK), np.uint8) as region,
+        tiered(agent, path, url, options) as store,
     ):
-        begun = resident()
-        async with tiered(agent, path, url, options) as store:
-            say([f"open {store.stats()['pending']}"])
-            watch = Watch()
-            todo = list(range(first, last, BATCH))[::-1]
-            await asyncio.gather(*(work(store, region, task, todo) for task in range(TASKS)))
-            await store.flush()
-            watch.tell()
-            watch.stop()
-            say(["!" + json.dumps({"begun": begun, "grown": watch.resident - begun, **store.stats()})])
+        watch = Watch()
+        todo = list(range(first, last, BATCH))[::-1]
+        await asyncio.gather(*(work(store, region, task, todo) for task in range(TASKS)))
+        await store.flush()
+        say(["!" + json.dumps(watch.stop() | store.stats())])
 
 
 if __name__ == "__main__":

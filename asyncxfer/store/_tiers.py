@@ -459,6 +459,7 @@ class TieredStore(Store):
         try:
             if slots:
                 await self._agent.get(self._memory.rows(slots), chosen_rows(rows, which[:count], self.block_bytes))
+                await asyncio.sleep(0)
                 self._memory.install(in_memory, slots)
                 installed = True
                 if self._tiers.acknowledge == "memory" and not pin:
@@ -522,6 +523,7 @@ class TieredStore(Store):
                 last = first + len(slots)
                 there[first:last] = await self._send(idents[first:last], packed[first:last], slots)
             first = last
+        await asyncio.sleep(0)
         self._disk.are_objects(packed[there], sequences[there])
         self.disk.pin_packed(packed, -1)
         for number in np.flatnonzero(~there).tolist():
@@ -530,6 +532,7 @@ class TieredStore(Store):
     async def _send(self, idents: list[bytes], packed: Packed, slots: list[int]) -> Bools:
         """Make objects of as many blocks as there are slots; which of them could be read."""
         hits = await self._disk.get(packed, np.arange(len(slots)), self.objects.staging.blocks(slots))
+        await asyncio.sleep(0)  # what comes now and what has been keep the loop for a part of a millisecond each
         for number in np.flatnonzero(~hits).tolist():
             hits[number] = await self._from_memory(idents[number], slots[number])
         there = np.flatnonzero(hits).tolist()
