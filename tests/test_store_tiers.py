@@ -402,12 +402,13 @@ async def test_a_block_damaged_on_disk_before_it_is_an_object_is_told(bench: Tie
         assert store.stats()["lost"] == 0  # memory had it
         assert await bench.fetch(store, [1]) == [MEMORY]
         assert object_of(1) in STORED
-    async with bench.tiered(memory=0, objects="mem://bucket/other") as store:
+    other: dict[str, Any] = {"memory": 0, "disk": bench.path.with_name("other"), "objects": "mem://bucket/other"}
+    async with bench.tiered(**other) as store:
         gate.failing = True
         await bench.put(store, versions(2))
     gate.failing = False
-    damage(bench.path)
-    async with bench.tiered(memory=0, objects="mem://bucket/third") as store:
+    damage(other["disk"])
+    async with bench.tiered(**other) as store:
         await store.flush()
         assert store.stats()["lost"] == 1
         assert await bench.fetch(store, [2]) == [Tier.NOWHERE]
@@ -416,10 +417,11 @@ async def test_a_block_damaged_on_disk_before_it_is_an_object_is_told(bench: Tie
 
 
 def damage(path: Path) -> None:
-    slab = next(path.glob("slab-*"))
-    with slab.open("r+b") as file:
-        file.seek(100)
-        file.write(b"damage")
+    """Write to each of the first blocks of a slab."""
+    with next(path.glob("slab-*")).open("r+b") as file:
+        for block in range(8):
+            file.seek(block * BLOCK + 100)
+            file.write(b"damage")
 
 
 async def test_a_damaged_object_is_a_miss_and_replaced_by_the_next_put(bench: TierBench) -> None:
