@@ -455,14 +455,14 @@ def libuv_workers() -> None:
 
 
 @pytest.fixture(name="azurite", scope="session")
-def azurite_fixture() -> Iterator[str]:
+def azurite_fixture(libuv_workers: None) -> Iterator[str]:
     """Azurite's URL, as long as the session runs."""
     with azurite() as url:
         yield url
 
 
 @pytest.fixture(name="fake_gcs", scope="session")
-def fake_gcs_fixture() -> Iterator[str]:
+def fake_gcs_fixture(libuv_workers: None) -> Iterator[str]:
     """The URL of fake-gcs-server, as long as the session runs."""
     with fake_gcs() as url:
         yield url
