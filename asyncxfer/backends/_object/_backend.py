@@ -47,6 +47,7 @@ __all__ = ["ObjectBackend", "Reached"]
 
 _T = TypeVar("_T")
 _PAGE = 1000  # objects of a list that are fetched at a time
+_LISTING = 86400.0  # seconds: whoever reads a list takes their time; each page is bounded by its attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class _Opened(ObjectRegistration):
         """Fetch pages of the store's list as they are asked for."""
 
         async def begin() -> AsyncIterator[ObjectInfo]:
-            return (await self._first).list(prefix, after=after, deadline=self.deadline)
+            return (await self._first).list(prefix, after=after, deadline=self._thread.loop.time() + _LISTING)
 
         found = await self._there(begin())
         try:
