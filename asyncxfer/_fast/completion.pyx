@@ -295,8 +295,9 @@ cdef class Completion:
         outbox_wake()
         if self.op.on_stop != NULL:
             self.op.on_stop(&self.op)
-        if self._stopper is not None:
-            self._stopper()
+        stopper, self._stopper = self._stopper, None
+        if stopper is not None:
+            stopper()
         return True
 
     def watch(self, bint on) -> None:
@@ -359,6 +360,7 @@ cdef class Completion:
         cdef int status = self.op.status
         if self.op.letter == 2:
             self.op.letter = 3
+            self._stopper = None
             if status == OK and not delivered:
                 status = axf_load(&self.op.stop) or PEER_GONE
             op_settle(&self.op, status, self.op.error)
@@ -429,6 +431,7 @@ cdef class Completion:
         if self.ending or axf_load(&self.op.state):
             raise BackendError("a completion was ended twice; a backend calls succeed() or fail() once a transfer")
         self.ending = True
+        self._stopper = None  # which as a rule holds this: only the collector of garbage would find the two
         self.hold()
         return 0
 

@@ -1,7 +1,7 @@
 """asyncxfer between memory and objects, through its public API only: `Agent.open`, `put` and `get`.
 
-The clock runs from calling `put` or `get` with two descriptor lists to its awaited result. It knows nothing of any
-other system.
+The clock runs from posting a transfer that was prepared, as NIXL's requests are, to its awaited result. It knows
+nothing of any other system.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from asyncxfer import Agent, Region
 from ._s3_side import ObjectSide
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     from numpy.typing import NDArray
 
-    from asyncxfer import DescriptorList, Transfer
+    from asyncxfer import Plan
 
     from ._s3_cases import ObjectCase
     from ._s3_side import StoreAt
@@ -33,7 +31,7 @@ class OurObjectSide(ObjectSide):
         self._agent = Agent("bench")
         self._here: Region | None = None
         self._there: Region | None = None
-        self._move: Callable[[], Transfer] | None = None
+        self._plan: Plan | None = None
 
     async def open(self, memory: NDArray[np.uint8], store: StoreAt) -> None:
         await self._agent.start()
@@ -49,21 +47,18 @@ class OurObjectSide(ObjectSide):
     async def prepare(self, case: ObjectCase) -> str:
         assert self._here is not None, "a case came before memory was opened"
         assert self._there is not None, "a case came before the store was opened"
-        here: DescriptorList = self._here.descriptors(*case.rows())
-        there = self._there[case.keys()]
-        move = self._agent.put if case.op == "put" else self._agent.get
-        self._move = lambda: move(here, there)
-        return self._agent.prepare(case.op, here, there).route.route
+        self._plan = self._agent.prepare(case.op, self._here.descriptors(*case.rows()), self._there[case.keys()])
+        return self._plan.route.route
 
     async def move(self, repeats: int) -> None:
-        if self._move is None:
+        if self._plan is None:
             raise RuntimeError("a run came before its case was prepared")
         for _ in range(repeats):
-            await self._move()
+            await self._plan()
 
     async def release(self) -> None:
-        self._move = None
+        self._plan = None
 
     async def close(self) -> None:
-        self._move = self._here = self._there = None
+        self._plan = self._here = self._there = None
         await self._agent.aclose()
