@@ -7,14 +7,15 @@ acknowledged, ``!name value`` a figure of its own. Blocks say which they are, as
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvloop
+from lateness import IdleLoop, Lateness
 from store_writer import block_of, say
 
 from asyncxfer import Agent
@@ -47,37 +48,22 @@ def tiered(agent: Agent, path: str, url: str, options: dict[str, object]) -> sto
     )  # fmt: skip
 
 
-class Watch:
-    """How late the loop comes to what is due each millisecond, and the most memory that the process had."""
+class Growth:
+    """The most memory that the process has, and what it had to begin with, in bytes."""
 
     def __init__(self) -> None:
-        self._late = np.zeros(20_000, np.int64)  # counts, by tenths of a millisecond
-        self.resident = self.begun = resident()
-        self._task = asyncio.ensure_future(self._watch())
+        self._begun = self._most = resident()
 
-    async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        ticks = 0
-        while True:
-            due = loop.time() + 0.001
-            await asyncio.sleep(0.001)
-            self._late[min(int((time.monotonic() - due) * 1e4), len(self._late) - 1)] += 1
-            ticks += 1
-            if ticks % 100 == 0:
-                self.resident = max(self.resident, resident())
+    def look(self) -> None:
+        """Take what it has now into account."""
+        self._most = max(self._most, resident())
 
-    def stop(self) -> dict[str, float]:
-        """End it; what was seen."""
-        self._task.cancel()
-        counts = np.cumsum(self._late)
-        figures = {
-            f"late_{name}_ms": int(np.searchsorted(counts, share * counts[-1])) / 10
-            for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999), ("max", 1))
-        }
-        return {**figures, "resident": self.resident, "grown": self.resident - self.begun}
+    def figures(self) -> dict[str, float]:
+        """What was seen."""
+        return {"resident": self._most, "grown": self._most - self._begun}
 
 
-async def work(store: stores.TieredStore, region: Any, task: int, todo: list[int]) -> None:
+async def work(store: stores.TieredStore, region: Any, task: int, todo: list[int], growth: Growth) -> None:
     """Put batches until there are none left."""
     rows = np.arange(task * BATCH, (task + 1) * BATCH)
     while todo:
@@ -87,6 +73,7 @@ async def work(store: stores.TieredStore, region: Any, task: int, todo: list[int
             await asyncio.sleep(0)  # what the test computes is no work of the store's
         await store.put([key_of(first + number) for number in range(BATCH)], region[rows], prefix=b"%d" % task)
         say([f"={first} {BATCH}"])
+        growth.look()
 
 
 async def main(path: str, url: str, options: dict[str, object], first: int, last: int) -> None:
@@ -96,11 +83,13 @@ async def main(path: str, url: str, options: dict[str, object], first: int, last
         agent.allocate((TASKS * BATCH, BLOCK), np.uint8) as region,
         tiered(agent, path, url, options) as store,
     ):
-        watch = Watch()
-        todo = list(range(first, last, BATCH))[::-1]
-        await asyncio.gather(*(work(store, region, task, todo) for task in range(TASKS)))
-        await store.flush()
-        say(["!" + json.dumps(watch.stop() | store.stats())])
+        gc.collect()
+        gc.freeze()  # as servers do once they are up: what was imported is not looked through again
+        todo, growth, idle = list(range(first, last, BATCH))[::-1], Growth(), IdleLoop()
+        with Lateness() as lateness:
+            await asyncio.gather(*(work(store, region, task, todo, growth) for task in range(TASKS)))
+            await store.flush()
+        say(["!" + json.dumps(lateness.figures("late") | idle.end() | growth.figures() | store.stats())])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ._format import Identity, generations, journal_name, snapshot_name
 from ._journal import Durability, Journal, Snapshot
 from ._recovery import Opened
 from ._slabs import Slabs
+from ._turns import next_turn
 
 __all__ = ["Commits"]
 
@@ -287,7 +288,7 @@ class Commits:
             if not change.done.done():
                 change.done.set_result(None)
             if len(change.blocks) >= _TOLD_AT_ONCE:
-                await asyncio.sleep(0)  # each of them costs a part of a millisecond
+                await next_turn()  # each of them costs a part of a millisecond
 
     def _fail(self, batch: list[_Change], error: StoreError) -> None:
         for change in batch:

@@ -16,6 +16,7 @@ from asyncxfer._fast.blockindex import RECORD_BYTES, Bools, Int64s, Packed, Uint
 
 from ._object_format import IDENT_BYTES
 from ._store import DiskStore
+from ._turns import next_turn
 from ._uploaded import Uploaded
 
 __all__ = ["DiskTier"]
@@ -66,7 +67,7 @@ class DiskTier:
             if len(packed):
                 store.pin_packed(packed, 1)
                 yield packed
-            await asyncio.sleep(0)
+            await next_turn()
         await store.in_thread(lambda: self._note.write(np.concatenate([noted[:0], *kept])))
 
     async def put(self, keys: Packed, which: Int64s, rows: DescriptorList, prefix: bytes | None) -> None:

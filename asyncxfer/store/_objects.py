@@ -39,6 +39,7 @@ from ._slabs import chosen_rows
 from ._spread import spread
 from ._staging import Staging
 from ._store import to_the_end
+from ._turns import next_turn
 
 __all__ = ["BATCH", "ObjectStore", "Place", "idents_of"]
 
@@ -387,7 +388,7 @@ class ObjectStore(Store):
         """Make objects of the blocks in slots. If it fails, it has made some of them, or none."""
         for ident, slot in zip(idents, slots, strict=True):
             await self.staging.seal(slot, ident)
-        await asyncio.sleep(0)  # each of these steps keeps the loop for a part of a millisecond
+        await next_turn()  # each of these steps keeps the loop for a part of a millisecond
         region = self._region
         if replace or any(ident in self._damaged for ident in idents):
             region = await self._replacing_region()

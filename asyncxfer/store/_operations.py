@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from types import TracebackType
 
+from ._turns import next_turn
+
 __all__ = ["Operations"]
 
 _TURN_SECONDS = 200e-6
@@ -42,7 +44,7 @@ class Operations:
             self._turn = loop.time()
             loop.call_soon(self._turned)
         elif loop.time() - self._turn > _TURN_SECONDS:
-            await asyncio.sleep(0)
+            await next_turn()
 
     def _turned(self) -> None:
         self._turn = None

@@ -28,6 +28,7 @@ from ._opening import Mode, Options, Parts, absolute, open_files
 from ._operations import Operations
 from ._slabs import Slabs, in_host_memory
 from ._space import Space
+from ._turns import next_turn
 from ._view import View
 
 __all__ = ["DiskStore", "to_the_end"]
@@ -556,7 +557,7 @@ class DiskStore(Store):
     async def _pause(self, which: Int64s) -> None:
         """Let the loop turn between pieces of a long list."""
         if len(which) == _PIECE:
-            await asyncio.sleep(0)
+            await next_turn()
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run what may block; to its end, also if nobody waits for it any more."""

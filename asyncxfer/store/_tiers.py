@@ -32,6 +32,7 @@ from ._promotions import Promotions, packed_of
 from ._slabs import chosen_rows
 from ._spread import spread
 from ._store import DiskStore, to_the_end
+from ._turns import next_turn
 from ._uploads import Uploads
 
 __all__ = ["Acknowledge", "TieredStore", "Tiers"]
@@ -220,7 +221,7 @@ class TieredStore(Store):
         async with self._operations:
             for piece, which in _pieces(keys, min(_PIECE, self._tiers.backlog)):
                 await self._put(piece, which, rows, prefix, pin=pin)
-                await asyncio.sleep(0)
+                await next_turn()
 
     async def get(self, keys: Sequence[bytes], rows: DescriptorList) -> Bools:
         """Read blocks, each from the uppermost tier that has it.
@@ -276,7 +277,7 @@ class TieredStore(Store):
         async with self._operations:
             for piece, which in _pieces(keys, _PIECE):
                 await self._get(piece, which, rows, sources)
-                await asyncio.sleep(0)
+                await next_turn()
         return sources
 
     async def contains(self, keys: Sequence[bytes]) -> Bools:
@@ -304,7 +305,7 @@ class TieredStore(Store):
             found = await self.disk.contains(keys)
             for idents, which in _pieces(keys, _PIECE):
                 found[which] |= np.fromiter((ident in self._memory for ident in idents), np.bool_, len(idents))
-                await asyncio.sleep(0)
+                await next_turn()
             rest = np.flatnonzero(~found)
             found[rest] = await self.objects.contains([keys[number] for number in rest.tolist()])
         return found
@@ -452,6 +453,7 @@ class TieredStore(Store):
         self, idents: list[bytes], which: Int64s, rows: DescriptorList, prefix: bytes | None, *, pin: bool
     ) -> None:
         """Have blocks in memory, and on disk, and in the line to become objects."""
+        await next_turn()
         slots = self._memory.take(len(idents))
         count = len(slots)
         in_memory = idents[:count]
@@ -459,7 +461,7 @@ class TieredStore(Store):
         try:
             if slots:
                 await self._agent.get(self._memory.rows(slots), chosen_rows(rows, which[:count], self.block_bytes))
-                await asyncio.sleep(0)
+                await next_turn()
                 self._memory.install(in_memory, slots)
                 installed = True
                 if self._tiers.acknowledge == "memory" and not pin:
@@ -515,6 +517,7 @@ class TieredStore(Store):
 
     async def _upload(self, idents: list[bytes]) -> None:
         """Make objects of blocks that are on disk."""
+        await next_turn()
         packed = packed_of(idents)
         sequences, there = self._disk.sequences_of(packed), np.zeros(len(idents), np.bool_)
         first = 0
@@ -523,7 +526,7 @@ class TieredStore(Store):
                 last = first + len(slots)
                 there[first:last] = await self._send(idents[first:last], packed[first:last], slots)
             first = last
-        await asyncio.sleep(0)
+        await next_turn()
         self._disk.are_objects(packed[there], sequences[there])
         self.disk.pin_packed(packed, -1)
         for number in np.flatnonzero(~there).tolist():
@@ -532,7 +535,7 @@ class TieredStore(Store):
     async def _send(self, idents: list[bytes], packed: Packed, slots: list[int]) -> Bools:
         """Make objects of as many blocks as there are slots; which of them could be read."""
         hits = await self._disk.get(packed, np.arange(len(slots)), self.objects.staging.blocks(slots))
-        await asyncio.sleep(0)  # what comes now and what has been keep the loop for a part of a millisecond each
+        await next_turn()  # what comes now and what has been keep the loop for a part of a millisecond each
         for number in np.flatnonzero(~hits).tolist():
             hits[number] = await self._from_memory(idents[number], slots[number])
         there = np.flatnonzero(hits).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -46,6 +47,11 @@ async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - nothing tells, or what tells is not under test here
             await asyncio.sleep(0.001)
+
+
+def _transfers() -> int:
+    """How many there are, in use or as garbage."""
+    return sum(isinstance(each, Transfer) for each in gc.get_objects())
 
 
 class Ending:
@@ -127,6 +133,22 @@ class Ending:
             sides = await stage.open((self.large,))
             done = await stage.post(op, sides.region[:], sides.remote[:], timeout=60)
             assert done.nbytes == self.large
+
+    @both_ways
+    async def test_what_has_ended_is_gone_without_the_collector(self, op: Op) -> None:
+        async with self.stage() as stage:
+            sides = await stage.open((16, 4096))
+            plan = stage.prepare(op, sides.region[:], sides.remote[:])
+            await plan()
+            gc.collect()
+            gc.disable()
+            try:
+                before = _transfers()
+                for _ in range(20):
+                    await plan()
+                await _until(lambda: _transfers() <= before)
+            finally:
+                gc.enable()
 
     @both_ways
     async def test_what_the_peer_does_not_grant_is_refused(self, op: Op) -> None:
