@@ -196,6 +196,9 @@ class Config:
         What is longer goes to and from an object store in parts, several at a time.
     object_part_bytes : int, bytes
         Size of these parts.
+    object_staging_bytes : int, bytes
+        Pinned host memory, of each backend for objects, by way of which GPU memory goes to and from them. It is taken
+        with the first such transfer.
     object_hedge : float or None, seconds
         A second request for a small object when the first has not answered by then. None: never.
 
@@ -237,6 +240,7 @@ class Config:
     object_concurrency: Annotated[int, _Range(1, 4096, "requests")] = 64
     object_multipart_bytes: Annotated[int, _Range(5 * _MIB, 5 * _GIB, "bytes")] = 32 * _MIB
     object_part_bytes: Annotated[int, _Range(5 * _MIB, 5 * _GIB, "bytes")] = 8 * _MIB
+    object_staging_bytes: Annotated[int, _Range(10 * _MIB, _TIB, "bytes")] = 64 * _MIB
     object_hedge: Annotated[float | None, _Range(0.0, 3600.0, "seconds")] = None
 
     def __post_init__(self) -> None:

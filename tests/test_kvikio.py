@@ -8,13 +8,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-import os
-import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import cuda_stub
 import numpy as np
 import pytest
 
@@ -32,28 +30,13 @@ needs_kvikio = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A libcuda.so.1 that knows no GPU but what it is told of."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no C compiler to build the stub of the CUDA driver with")
-    library = tmp_path_factory.mktemp("stub") / "libcuda.so.1"
-    options = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
-    subprocess.run([compiler, *options, "-o", library, HERE / "stubs" / "libcuda.c"], check=True)
-    return str(library)
+    return cuda_stub.build(tmp_path_factory.mktemp("stub"))
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own, in which KvikIO goes by its own means and not by libcufile's."""
-    clean = {name: text for name, text in os.environ.items() if not name.startswith(("ASYNCXFER_", "KVIKIO_"))}
     settings = {"KVIKIO_COMPAT_MODE": "ON", "KVIKIO_NTHREADS": "4"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=clean | settings | variables,
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        timeout=290,
-        check=False,
-    )
+    return cuda_stub.run(*arguments, **(settings | variables))
 
 
 def script(code: str, *arguments: str) -> str:

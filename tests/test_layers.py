@@ -39,6 +39,7 @@ RULES = {
             for part in (
                 "_engine",
                 "_ranges",
+                "_cuda",
                 "_ucx_library",
                 "_alias",
                 "_kvikio_library",

@@ -17,7 +17,7 @@ from asyncxfer import ChecksumError, ObjectError, ObjectMissingError, TransferTi
 from asyncxfer._config import Config
 from asyncxfer._http import Answer
 from asyncxfer.backends._object._attempts import Act, Ask, Attempts, Header, Verdict
-from asyncxfer.backends._object._pace import Pace
+from asyncxfer.backends._object._pace import Pace, priority
 from asyncxfer.backends._object._reading import Claim, Tongue, read
 from asyncxfer.backends._object._sums import AT_ONCE, as_header, crc32c_of, crc64_of, crc64_of_small, from_header
 from asyncxfer.backends._object._xml import Unreadable, parse
@@ -335,6 +335,24 @@ async def test_turns_come_in_order_and_are_not_lost() -> None:
     await asyncio.wait(tasks)
     assert order == [2, 3]
     assert pace.taken == 0
+
+
+async def test_turns_come_by_priority() -> None:
+    pace = Pace(1)
+    assert pace.take()
+    order: list[tuple[int, int]] = []
+
+    async def take(level: int, number: int) -> None:
+        priority.set(level)
+        await pace.wait(soon())
+        order.append((level, number))
+        pace.give()
+
+    tasks = [asyncio.create_task(take(level, number)) for number, level in enumerate([0, -1, 1, 0, 1])]
+    await asyncio.sleep(0)
+    pace.give()
+    await asyncio.wait(tasks)
+    assert order == [(1, 2), (1, 4), (0, 0), (0, 3), (-1, 1)]
 
 
 # ---- hedges -------------------------------------------------------------------------------------------------------

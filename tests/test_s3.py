@@ -19,6 +19,8 @@ from fault_proxy import FaultProxy, Flip, StallUpload, another_region, expired_t
 from servers import REGION, Identity, S3Server, plain_request
 
 from asyncxfer import Agent, ChecksumError, ObjectError, ObjectMissingError, Region, TransferTimeout
+from asyncxfer.backends._object._attempts import Attempts
+from asyncxfer.backends._object._pace import priority
 from asyncxfer.testing import ObjectContract
 
 _numbers = itertools.count()
@@ -177,3 +179,23 @@ async def test_errors_say_what_it_was_about_and_what_to_do(
     if fault in ("missing", "forbidden", "expired"):
         assert error.request_id
         assert error.request_id in text
+
+
+async def test_the_priority_of_a_transfer_is_that_of_its_requests(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    run = Attempts.run
+
+    async def watched(self: Attempts, *given: Any, **named: Any) -> Any:
+        seen.append(priority.get())
+        return await run(self, *given, **named)
+
+    monkeypatch.setattr(Attempts, "run", watched)
+    async with (
+        _opened(s3.url, s3.admin, bucket) as (agent, objects),
+        agent.allocate((3, 100), np.uint8) as region,
+    ):
+        await agent.put(region[:], objects[["a", "b", "c"]], priority=-2)
+        await agent.get(region[0], objects["a"], priority=3)
+    assert seen == [-2, -2, -2, 3]

@@ -163,26 +163,11 @@ cdef class Spans:
 
         They keep nothing alive: whoever asks has what the memory belongs to, for longer than these.
         """
-        cdef Py_ssize_t low, high, middle
         cdef uint64_t at, length
         cdef list found = []
-        cdef span_t* span
-        cdef row_t* row
-        if not 0 <= index < self.spans:
-            raise IndexError(index)
-        span = self.span + index
-        if start > span.nbytes or nbytes > span.nbytes - start:
-            raise ValueError(f"{nbytes} bytes from {start} on are not in a stretch of {span.nbytes}")
-        at = self.row[span.first].end - self.row[span.first].length + start
-        low, high = span.first, span.last
-        while low < high:  # the first row that ends behind `at`
-            middle = (low + high) // 2
-            if self.row[middle].end > at:
-                high = middle
-            else:
-                low = middle + 1
+        cdef row_t* row = self.at(index, start, nbytes)
+        at = self.begin(index) + start
         while nbytes:
-            row = self.row + low
             length = min(row.end - at, nbytes)
             found.append(
                 PyMemoryView_FromMemory(
@@ -191,8 +176,53 @@ cdef class Spans:
             )
             at += length
             nbytes -= length
-            low += 1
+            row += 1
         return found
+
+    def places(self, Py_ssize_t index, uint64_t start, uint64_t nbytes):
+        """The memory of a part of a stretch, in order, as addresses and lengths; neighbours are one: (n, 2) uint64."""
+        cdef row_t* row = self.at(index, start, nbytes)
+        cdef uint64_t at = self.begin(index) + start
+        cdef uint64_t address, length
+        cdef uint64_t[:, ::1] found
+        cdef Py_ssize_t n = -1
+        array = np.empty((self.span[index].last - (row - self.row), 2), np.uint64)
+        found = array
+        while nbytes:
+            length = min(row.end - at, nbytes)
+            address = row.address + row.length - (row.end - at)
+            if n >= 0 and found[n, 0] + found[n, 1] == address:
+                found[n, 1] += length
+            elif length:
+                n += 1
+                found[n, 0], found[n, 1] = address, length
+            at += length
+            nbytes -= length
+            row += 1
+        return array[: n + 1]
+
+    cdef uint64_t begin(self, Py_ssize_t index) noexcept:
+        """How many bytes the stretches before this one have."""
+        cdef row_t* first = self.row + self.span[index].first
+        return first.end - first.length
+
+    cdef row_t* at(self, Py_ssize_t index, uint64_t start, uint64_t nbytes) except NULL:
+        """The row in which so many bytes from `start` of a stretch on begin."""
+        cdef Py_ssize_t low, high, middle
+        cdef uint64_t at
+        if not 0 <= index < self.spans:
+            raise IndexError(index)
+        if start > self.span[index].nbytes or nbytes > self.span[index].nbytes - start:
+            raise ValueError(f"{nbytes} bytes from {start} on are not in a stretch of {self.span[index].nbytes}")
+        at = self.begin(index) + start
+        low, high = self.span[index].first, self.span[index].last
+        while low < high:  # the first row that ends behind `at`
+            middle = (low + high) // 2
+            if self.row[middle].end > at:
+                high = middle
+            else:
+                low = middle + 1
+        return self.row + low
 
 
 cdef enum:

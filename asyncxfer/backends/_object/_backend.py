@@ -1,14 +1,14 @@
 """What every backend for objects is, but for the dialect of its store: memory to and from the objects of one scheme.
 
-Its transfers run in the I/O thread; stores are opened and closed there, by whoever opens and closes a region.
+Its transfers run in the I/O thread; stores are opened and closed there, by whoever opens and closes a region. GPU
+memory goes by way of pinned host memory.
 """
 
 from __future__ import annotations
 
 import abc
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -35,10 +35,12 @@ from ...abc import (
     RemoteRegistration,
     Request,
 )
+from .. import _cuda
 from . import _thread
 from ._flight import Flight
+from ._staging import Staging
 from ._store import ObjectStore, Part
-from ._work import Work
+from ._work import GpuMemory, Work
 
 if TYPE_CHECKING:
     from ..._config import Config
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["ObjectBackend", "Reached"]
 
 _T = TypeVar("_T")
+_MEMORY = (MemoryKind.DRAM, MemoryKind.VRAM)
 _PAGE = 1000  # objects of a list that are fetched at a time
 _LISTING = 86400.0  # seconds: whoever reads a list takes their time; each page is bounded by its attempts
 
@@ -191,8 +194,10 @@ class _Opened(ObjectRegistration):
         while self._left:
             await asyncio.wait(list(self._left))
         for made in self._stores.values():
-            with contextlib.suppress(Exception):  # one that could not be made has been told to who asked for it
-                await (await made).aclose()
+            await asyncio.wait([made])
+            # One that could not be made has been told to who asked for it.
+            if not made.cancelled() and made.exception() is None:
+                await made.result().aclose()
         if self.reached.aclose is not None:
             await self.reached.aclose()
 
@@ -256,14 +261,24 @@ class ObjectBackend(Backend):
     """Its ways of reaching a store, with what each costs."""
     capabilities: ClassVar[Capabilities] = Capabilities(
         Reach.PROCESS,
-        frozenset({(MemoryKind.DRAM, MemoryKind.OBJECT), (MemoryKind.OBJECT, MemoryKind.DRAM)}),
+        frozenset(pair for kind in _MEMORY for pair in ((kind, MemoryKind.OBJECT), (MemoryKind.OBJECT, kind))),
     )
     checksums: ClassVar[bool] = True
-    pins: ClassVar[frozenset[MemoryKind]] = frozenset({MemoryKind.OBJECT})
+    # A bucket is reached, and a GPU's driver may have to start.
+    pins: ClassVar[frozenset[MemoryKind]] = frozenset({MemoryKind.OBJECT, MemoryKind.VRAM})
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._thread: _thread.IoThread | None = None
+        self._staging: Staging | None = None
+
+    @classmethod
+    def details(cls, config: Config) -> Iterable[tuple[str, bool, str]]:
+        """Say whether GPU memory goes to and from objects."""
+        try:
+            return [("GPU memory", True, f"through pinned host memory: {_cuda.examine()}")]
+        except BackendError as error:
+            return [("GPU memory", False, str(error))]
 
     @abc.abstractmethod
     async def reach(self, objects: Objects) -> Reached:
@@ -276,17 +291,19 @@ class ObjectBackend(Backend):
         """
 
     def register(self, memory: Memory) -> Registration:
-        """Take host memory as it is; reach a bucket of this scheme.
+        """Take host memory as it is, and GPU memory that the driver knows; reach a bucket of this scheme.
 
         Raises
         ------
         RegistrationError
             It is something else, or the store cannot be reached with these options.
         """
-        if memory.kind is not MemoryKind.OBJECT:
-            if memory.kind is not MemoryKind.DRAM:
-                raise RegistrationError(f"moves host memory to and from objects, not {memory.kind}")
+        if memory.kind is MemoryKind.DRAM:
             return Registration(memory)
+        if memory.kind is MemoryKind.VRAM:
+            return self._register_gpu(memory)
+        if memory.kind is not MemoryKind.OBJECT:
+            raise RegistrationError(f"moves host and GPU memory to and from objects, not {memory.kind}")
         objects = memory.owner
         assert isinstance(objects, Objects)
         if objects.scheme != self.scheme:
@@ -295,6 +312,19 @@ class ObjectBackend(Backend):
             self._thread = _thread.acquire()
         reached = self._thread.run(self.reach(objects)).result()
         return _Opened(memory, objects, reached, self._thread, self.config.object_timeout)
+
+    def _register_gpu(self, memory: Memory) -> GpuMemory:
+        """Find out whose it is: arrays do not always say."""
+        try:
+            _cuda.examine()
+            devices = {_cuda.device_of(segment.address) for segment in memory.segments if segment.nbytes}
+        except BackendError as error:
+            raise RegistrationError(str(error)) from error
+        if len(devices) > 1:
+            raise RegistrationError(f"memory of GPUs {sorted(devices)} cannot be one region; register each on its own")
+        if self._staging is None:
+            self._staging = Staging(self.config.object_staging_bytes)
+        return GpuMemory(memory, devices.pop() if devices else memory.device)
 
     def deregister(self, registration: Registration) -> None:
         """Wait for uploads that are given up, and close connections."""
@@ -334,12 +364,15 @@ class ObjectBackend(Backend):
         assert isinstance(opened, _Opened)
         assert thread is not None
         flight = Flight(
-            prepared, opened.store, opened.objects.exists, completion, self.config, thread, opened.leave, self.name
-        )
+            prepared, opened.store, opened.objects.exists, completion, self.config, thread, opened.leave, self.name,
+            self._staging, priority,
+        )  # fmt: skip
         completion.post(flight.stop, prepared.chunks)
         thread.call(flight.start)
 
     async def aclose(self) -> None:
-        """End the thread, if nobody else uses it."""
+        """Free what was pinned, and end the thread if nobody else uses it."""
+        if self._staging is not None:
+            await asyncio.to_thread(self._staging.close)
         if self._thread is not None:
             await asyncio.to_thread(_thread.release)

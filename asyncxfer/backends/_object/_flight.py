@@ -1,7 +1,8 @@
 """One transfer between memory and objects in flight: its spans, several at a time, and the parts of large ones.
 
 Lives in the I/O thread; `stop` is called from any. It ends its completion once nothing of it touches memory any more.
-How a single request survives is not known here.
+Requests are about host memory: where the memory is a GPU's, a piece of pinned memory stands in for it, and while one is
+copied others are received or sent. How a single request survives is not known here.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..._errors import ChecksumError, ObjectError, TransferError
 from ..._fast.crc64 import combine
 from ...abc import Completion, Exists
+from ._pace import priority as priority_of_task
 from ._store import ObjectStore, Part
 from ._sums import as_header, combine_crc32c
 from ._work import Span, Work
 
 if TYPE_CHECKING:
     from ..._config import Config
+    from ._staging import Staging
     from ._thread import IoThread
 
 __all__ = ["Flight"]
 
+_T = TypeVar("_T")
+
+_UNBOUNDED = 1 << 63
 _ABORT = 10.0  # seconds for giving up an upload
 
 
@@ -43,11 +49,16 @@ class Flight:
     left : callable
         Takes what goes on when the transfer has ended: uploads that are given up.
     backend : str
+    staging : Staging or None
+        For GPU memory.
+    priority : int
+        Its requests go before those of less where not all may be under way.
     """
 
     def __init__(
         self, work: Work, store: Callable[[str], Awaitable[ObjectStore]], exists: Exists, completion: Completion,
         config: Config, thread: IoThread, left: Callable[[Awaitable[None]], None], backend: str,
+        staging: Staging | None = None, priority: int = 0,
     ) -> None:  # fmt: skip
         self._work = work
         self._find = store
@@ -58,6 +69,8 @@ class Flight:
         self._thread = thread
         self._left = left
         self._backend = backend
+        self._staging = None if work.device is None else staging
+        self._priority = priority
         self._begun: asyncio.Task[None] | None = None
         self._until = float("inf")
 
@@ -76,6 +89,7 @@ class Flight:
     async def _run(self) -> None:
         completion = self._completion
         self._begun = asyncio.current_task()
+        priority_of_task.set(self._priority)
         try:
             if not completion.stopping:
                 await self._move()
@@ -110,7 +124,7 @@ class Flight:
             await self._carry(span)
 
     async def _carry(self, span: Span) -> None:
-        large = span.nbytes > self._config.object_multipart_bytes
+        large = span.nbytes > min(self._config.object_multipart_bytes, self._most)
         if self._work.write:
             await (self._upload if large else self._write)(span)
         else:
@@ -122,36 +136,70 @@ class Flight:
     def _deadline(self) -> float:
         return min(self._until, self._thread.loop.time() + self._config.object_timeout)
 
+    # -- memory
+
+    @property
+    def _most(self) -> int:
+        """Bytes that one request should be about at most: there is to be room for another meanwhile."""
+        return _UNBOUNDED if self._staging is None else self._staging.nbytes // 2
+
+    async def _lend(
+        self, span: Span, start: int, nbytes: int, request: Callable[[list[memoryview]], Awaitable[_T]]
+    ) -> _T:
+        """Make a request with the memory of a part of a span, or with pinned memory in its place."""
+        work, staging = self._work, self._staging
+        if staging is None or work.device is None or not nbytes:
+            return await request(work.buffers(span, start, nbytes))
+        places = work.places(span, start, nbytes)
+        async with staging.lend(nbytes, work.device) as piece:
+            if work.write:
+                await staging.copy(work.device, places, piece, to_device=False)
+            done = await request([piece])
+            if not work.write:
+                await staging.copy(work.device, places, piece, to_device=True)
+        return done
+
     # -- in one request
 
     async def _write(self, span: Span) -> None:
-        body = self._work.buffers(span, 0, span.nbytes)
-        await self._store.write(span.key, body, exists=self._exists, deadline=self._deadline)
+        await self._lend(
+            span, 0, span.nbytes,
+            lambda body: self._store.write(span.key, body, exists=self._exists, deadline=self._deadline),
+        )  # fmt: skip
         self._completion.advance(span.nbytes)
 
     async def _read(self, span: Span) -> None:
         work = self._work
-        into = work.buffers(span, 0, span.nbytes)
-        await self._store.read(
-            span.key, span.offset, into, whole=work.whole, verify=work.verify, etag=None, deadline=self._deadline
-        )
+        await self._lend(
+            span, 0, span.nbytes,
+            lambda into: self._store.read(
+                span.key, span.offset, into, whole=work.whole, verify=work.verify, etag=None, deadline=self._deadline
+            ),
+        )  # fmt: skip
         self._completion.advance(span.nbytes)
 
     # -- in parts
 
     def _part_bytes(self, span: Span) -> int:
-        store, wanted = self._store, self._config.object_part_bytes
+        store, wanted = self._store, min(self._config.object_part_bytes, self._most)
+        if self._staging is not None and not self._work.write:
+            return wanted  # of ranges there may be as many as one likes
         return max(wanted, store.smallest_part, -(-span.nbytes // store.most_parts))
 
     async def _upload(self, span: Span) -> None:
         store, size = self._store, self._part_bytes(span)
+        if self._staging is not None:
+            self._staging.check(size)
         upload = await store.begin(span.key, deadline=self._deadline)
         parts: list[Part] = []
         try:
 
             async def send(number: int, start: int, nbytes: int) -> None:
-                body = self._work.buffers(span, start, nbytes)
-                parts.append(await store.part(span.key, upload, number + 1, body, deadline=self._deadline))
+                part = await self._lend(
+                    span, start, nbytes,
+                    lambda body: store.part(span.key, upload, number + 1, body, deadline=self._deadline),
+                )  # fmt: skip
+                parts.append(part)
                 self._completion.advance(nbytes)
 
             await self._in_parts(span.nbytes, size, send)
@@ -172,10 +220,12 @@ class Flight:
         sums: dict[int, tuple[int | None, int]] = {}
 
         async def receive(number: int, start: int, nbytes: int) -> None:
-            into = work.buffers(span, start, nbytes)
-            read = await store.read(
-                span.key, span.offset + start, into, whole=False, verify=work.verify and not proved, etag=info.etag,
-                deadline=self._deadline, crc=proved,
+            read = await self._lend(
+                span, start, nbytes,
+                lambda into: store.read(
+                    span.key, span.offset + start, into, whole=False, verify=work.verify and not proved,
+                    etag=info.etag, deadline=self._deadline, crc=proved,
+                ),
             )  # fmt: skip
             if number not in sums:
                 self._completion.advance(nbytes)

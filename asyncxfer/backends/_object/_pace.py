@@ -1,15 +1,20 @@
 """How many requests of one store may be under way: fewer when it says that it is asked too much, more while it is not.
 
 Additive increase, multiplicative decrease, as TCP finds its window: what was under way when the store complained
-counts as one complaint. It knows no requests. Belongs to one event loop.
+counts as one complaint. Who waits is served by priority, and among equals in order. It knows no requests. Belongs to
+one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import heapq
+from contextvars import ContextVar
 
-__all__ = ["Pace"]
+__all__ = ["Pace", "priority"]
+
+#: Of what the running task does: above 0 before, below 0 after the rest.
+priority: ContextVar[int] = ContextVar("priority", default=0)
 
 _DECREASE = 0.5
 
@@ -29,11 +34,12 @@ class Pace:
     taken : int
     """
 
-    __slots__ = ("_epoch", "_most", "_waiting", "limit", "taken")
+    __slots__ = ("_asked", "_epoch", "_most", "_waiting", "limit", "taken")
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: what is served first comes first
+        self._asked = 0
         self._epoch = 0
         self.limit = float(most)
         self.taken = 0
@@ -51,7 +57,7 @@ class Pace:
         return True
 
     async def wait(self, deadline: float) -> None:
-        """Take a turn when it comes, first come, first served.
+        """Take a turn when it comes.
 
         Raises
         ------
@@ -59,15 +65,18 @@ class Pace:
             It did not come in time.
         """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self._asked += 1
+        entry = -priority.get(), self._asked, turn
+        heapq.heappush(self._waiting, entry)
         try:
             async with asyncio.timeout_at(deadline):
                 await turn
         except BaseException:
             if turn.done() and not turn.cancelled():
                 self.give()
-            elif turn in self._waiting:
-                self._waiting.remove(turn)
+            elif entry in self._waiting:
+                self._waiting.remove(entry)
+                heapq.heapify(self._waiting)
             raise
 
     def give(self) -> None:
@@ -89,7 +98,7 @@ class Pace:
 
     def _hand_on(self) -> None:
         while self._waiting and self.taken + 1 <= self.limit:
-            turn = self._waiting.popleft()
+            _, _, turn = heapq.heappop(self._waiting)
             if not turn.done():
                 self.taken += 1
                 turn.set_result(None)

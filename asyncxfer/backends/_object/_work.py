@@ -5,6 +5,7 @@ It knows no store and moves nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,14 @@ from ..._errors import DescriptorError
 from ..._fast.spans import Spans
 from ...abc import ObjectRegistration, Registration, Request
 
-__all__ = ["Span", "Work"]
+__all__ = ["GpuMemory", "Span", "Work"]
+
+
+@dataclass(slots=True, eq=False)
+class GpuMemory(Registration):
+    """GPU memory, and which GPU's it is."""
+
+    device: int
 
 
 class Span(NamedTuple):
@@ -52,6 +60,8 @@ class Work:
     spans : list of Span
     chunks : int
         Rows of which is told when they have been moved.
+    device : int or None
+        The GPU whose memory it is; None: it is the host's.
 
     Raises
     ------
@@ -59,7 +69,7 @@ class Work:
         What is to be put is no whole object.
     """
 
-    __slots__ = ("_keep", "_rows", "chunks", "objects", "spans", "verify", "via", "whole", "write")
+    __slots__ = ("_keep", "_rows", "chunks", "device", "objects", "spans", "verify", "via", "whole", "write")
 
     def __init__(self, request: Request) -> None:
         local, remote, keys = request.local, request.remote, request.keys
@@ -72,6 +82,7 @@ class Work:
         self.verify = request.checksum
         self.write = (request.op == "put") is not near
         self.whole = request.whole or self.write
+        self.device = memory.device if isinstance(memory, GpuMemory) else None
         self._keep = request.keep, memory
         self._rows = Spans(request.pairs, memory.bases, near=near, same=_same(keys))
         self.chunks = self._rows.chunks
@@ -90,8 +101,12 @@ class Work:
         return self._rows.numbers(span.place) if span.place >= 0 else []
 
     def buffers(self, span: Span, start: int, nbytes: int) -> list[memoryview]:
-        """The memory of a part of a span, in order: `nbytes` from `start` of the span on."""
+        """The host memory of a part of a span, in order: `nbytes` from `start` of the span on."""
         return self._rows.buffers(span.place, start, nbytes, writable=not self.write) if nbytes else []
+
+    def places(self, span: Span, start: int, nbytes: int) -> npt.NDArray[np.uint64]:
+        """The same as addresses and lengths, whatever memory it is: (n, 2) uint64."""
+        return self._rows.places(span.place, start, nbytes)
 
 
 def _span(keys: tuple[str, ...], place: int, segment: int, offset: int, nbytes: int) -> Span:
