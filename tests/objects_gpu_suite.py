@@ -514,6 +514,7 @@ async def _there_and_back(backend: str, url: str, options: dict[str, Any]) -> No
 
 
 async def test_gcs(fake_gcs: str) -> None:
+    pytest.importorskip("google.auth", reason="pip install 'asyncxfer[gcs]'")
     bucket = f"bucket-{os.getpid()}-{next(_numbers)}"
     answer = await asyncio.to_thread(
         plain_request, "POST", f"{fake_gcs}/storage/v1/b", headers={"Content-Type": "application/json"},
@@ -524,6 +525,7 @@ async def test_gcs(fake_gcs: str) -> None:
 
 
 async def test_azure(azurite: str) -> None:
+    pytest.importorskip("azure.storage.blob", reason="pip install 'asyncxfer[azure]'")
     container = await asyncio.to_thread(Container.make, azurite)
     url = f"az://{container.name}/{os.getpid()}-{next(_numbers)}"
     await _there_and_back("azure", url, {"account_url": container.account_url, "credential": KEY})
