@@ -550,6 +550,12 @@ class FaultProxy:
         """How many stalls hold now."""
         return self._stalled
 
+    @property
+    def waiting(self) -> int:
+        """How many faults of `next` no request has met yet."""
+        with self._lock:
+            return len(self._next)
+
     def next(self, *faults: Fault | None, when: Callable[[Request], bool] = lambda _: True) -> None:
         """Do these to the requests that come next, one to each; to those that `when` picks, others pass. None: none."""
         with self._lock:

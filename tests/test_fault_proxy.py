@@ -35,7 +35,7 @@ from fault_proxy import (
 )
 from servers import Answer, Certified, Identity, S3Server, certificates, plain_request, s3_client
 
-from asyncxfer.bench._null_s3 import NullServer, content
+from asyncxfer.bench._null_objects import NullServer, content
 
 SIZE = 300_000
 EXPECTED = content(0, SIZE)

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import pytest
@@ -24,7 +24,7 @@ from fault_proxy import Fault, FaultProxy, Flip, Reply, Reset, Stall, Truncate
 from s3_accounts import soon
 from servers import plain_request
 
-from asyncxfer import ObjectError, RegistrationError
+from asyncxfer import ObjectError, ObjectExistsError, RegistrationError
 from asyncxfer._config import Config
 from asyncxfer._fast.crc32c import crc32c
 from asyncxfer.abc import BackendError, Exists
@@ -64,6 +64,9 @@ def placed(server: str, key: str, data: bytes) -> None:
 
 class TestHttp(ObjectContract):
     route = "gcs:http"
+    skips: ClassVar[Mapping[str, str]] = dict(ObjectContract.skips) | {
+        "keep": "fake-gcs-server composes whatever the condition is"
+    }
     many = 40
 
     @pytest.fixture(autouse=True)
@@ -81,6 +84,11 @@ class TestHttp(ObjectContract):
 
     async def place(self, key: str, data: bytes) -> None:
         await asyncio.to_thread(placed, self._at, f"{self._prefix}/{key}", data)
+
+    async def unfinished(self) -> list[str]:
+        where = f"{self._at}/storage/v1/b/{_BUCKET}/o?prefix=.asyncxfer-parts%2F"
+        answer = await asyncio.to_thread(plain_request, "GET", where)
+        return [item["name"] for item in json.loads(answer.body).get("items", ())]
 
 
 # ---- the store by itself ------------------------------------------------------------------------------------------
@@ -152,6 +160,25 @@ async def test_parts_become_one_object_and_go(server: str, key: str) -> None:
         assert (info.nbytes, info.etag, info.checksum) == (len(DATA), generation, sum_of(DATA))
         assert await got(store, key, len(DATA)) == DATA
         assert [info.key async for info in store.list(".asyncxfer-parts/", deadline=soon())] == []
+
+
+async def test_what_is_there_is_kept_by_an_upload_or_is_an_error(server: str, key: str) -> None:
+    """The condition is sent, and its answer understood; the server here does not look at it."""
+    said = {"error": {"code": 412, "message": "At least one of the pre-conditions you specified did not hold."}}
+    with FaultProxy(server) as proxy:
+        async with opened(server, {"endpoint_url": proxy.url, "anonymous": True}) as store:
+            await put(store, key, b"before")
+            exists: Exists
+            for exists in ("keep", "error"):
+                proxy.next(Reply(412, json.dumps(said).encode()), when=lambda request: "/compose?" in request.target)
+                if exists == "keep":
+                    assert await upload(store, key, exists=exists) == ""
+                else:
+                    with pytest.raises(ObjectExistsError, match=key):
+                        await upload(store, key, exists=exists)
+            await upload(store, key)
+        composed = [request.target for request in proxy.requests if "/compose?" in request.target]
+        assert ["ifGenerationMatch=0" in target for target in composed] == [True, True, False]
 
 
 async def test_an_upload_that_is_given_up_leaves_nothing(server: str, key: str) -> None:

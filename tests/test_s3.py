@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 from urllib.parse import quote
 
 import numpy as np
 import pytest
-from fault_proxy import FaultProxy, Flip, StallUpload, another_region, expired_token
+from fault_proxy import FaultProxy, Flip, Stall, StallUpload, another_region, expired_token
 from servers import REGION, Identity, S3Server, plain_request
 
 from asyncxfer import Agent, ChecksumError, ObjectError, ObjectMissingError, Region, TransferTimeout
@@ -60,6 +61,12 @@ class OnSeaweedFS(ObjectContract):
 
     async def place(self, key: str, data: bytes) -> None:
         await self._plain("PUT", key, data)
+
+    async def unfinished(self) -> list[str]:
+        where = f"{self._s3.url}/{self._base.partition('/')[0]}?uploads="
+        answer = await asyncio.to_thread(plain_request, "GET", where, identity=self._s3.admin)
+        assert answer.status == 200, answer
+        return answer.body.decode().split("<UploadId>")[1:]
 
 
 class TestHttp(OnSeaweedFS):
@@ -117,6 +124,59 @@ async def test_damage_to_a_part_of_a_large_object_is_found_and_mended(s3: S3Serv
             proxy.always(Flip(at=1_000_000), when=lambda request: request.method == "GET")
             with pytest.raises(ChecksumError, match=f"s3://{bucket}/folder/large arrived damaged, twice"):
                 await agent.get(target[:], objects["large"])
+
+
+async def test_a_small_get_that_is_not_answered_is_asked_for_twice(s3: S3Server, bucket: str) -> None:
+    """Nothing ends the wait for the first answer: neither a deadline nor the store."""
+    back = np.zeros(16 << 10, np.uint8)
+    data = np.random.default_rng(4).integers(0, 256, 16 << 10, np.uint8)
+    with FaultProxy(s3.url) as proxy:
+        config = {"object_hedge": 0.05, "object_attempt_timeout": 600.0, "object_timeout": 900.0}
+        async with (
+            _opened(proxy.url, s3.admin, bucket, **config) as (agent, objects),
+            agent.register(data) as source, agent.register(back) as target,
+        ):  # fmt: skip
+            await agent.put(source[:], objects["small"])
+            before = len(proxy.requests)
+            for stalled in (Stall(), Stall(after=1000)):
+                back[:] = 0
+                proxy.next(stalled, when=lambda request: request.method == "GET")
+                await agent.get(target[:], objects["small"])
+                assert np.array_equal(back, data)
+            assert [request.method for request in proxy.requests[before:]] == ["GET"] * 4
+
+
+@pytest.mark.parametrize("off", [-7200.0, 7200.0])
+async def test_a_clock_that_is_off_is_corrected(
+    s3: S3Server, bucket: str, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This host's clock is two hours off, as far as requests say; the store refuses the first, and no other."""
+    monkeypatch.setattr("asyncxfer.backends._s3_dialect.time", _Clock(off))
+    back = np.zeros(1000, np.uint8)
+    with FaultProxy(s3.url) as proxy:
+        async with (
+            _opened(proxy.url, s3.admin, bucket) as (agent, objects),
+            agent.register(np.full(1000, 7, np.uint8)) as source, agent.register(back) as target,
+        ):  # fmt: skip
+            await agent.put(source[:], objects["key"])
+            assert len(proxy.requests) == 2
+            await agent.get(target[:], objects["key"])
+            assert (await objects.objects.head("key")).nbytes == 1000
+            assert len(proxy.requests) == 4
+    assert back.tolist() == [7] * 1000
+
+
+class _Clock:
+    """The module `time` on a host whose clock is so many seconds off."""
+
+    def __init__(self, off: float) -> None:
+        self._off = off
+
+    def time(self) -> float:
+        return time.time() + self._off
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
 
 
 async def test_an_upload_that_is_stopped_leaves_nothing_in_the_store(s3: S3Server, bucket: str) -> None:

@@ -137,7 +137,7 @@ def test_ports_that_somebody_listens_on_are_not_lent() -> None:
 def test_a_server_ends_with_the_tests_that_started_it() -> None:
     program = (
         "import signal\n"
-        "from asyncxfer.bench._null_s3 import NullServer\n"
+        "from asyncxfer.bench._null_objects import NullServer\n"
         "with NullServer() as server:\n"
         "    print(server.pid, flush=True)\n"
         "    signal.pause()\n"

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from asyncxfer import Agent, Region, XferError
+from asyncxfer import Agent, ObjectInfo, Region, XferError
 from asyncxfer.abc import Exists
 
 from ._destination import Destination
 from ._move import move
 from ._source import CopyError, open_source
 from ._staging import SLOT, Staging
-from ._sums import same_as_file, same_files, same_objects
+from ._sums import has_crc, same_as_file, same_files, same_objects
 from ._walk import Found, Refused
 
 __all__ = ["Copier", "Ended", "Outcome", "Rules"]
@@ -139,16 +139,19 @@ class Copier:
         if found.info is None and there.info is None:
             return await same_files(found.path, there.path, self.agent, self.staging)
         if found.info is not None and there.info is not None:
-            one = (
-                found.info if found.info.checksum or self.bucket is None else await self.bucket.objects.head(found.path)
-            )
-            return same_objects(one, there.info)
+            return same_objects(await self._known(found.path, found.info), there.info)
         file, stored = (found, there) if found.info is None else (there, found)
         info = stored.info
         assert info is not None
-        if info.checksum is None and stored is found and self.bucket is not None:
-            info = await self.bucket.objects.head(found.path)
+        if stored is found:
+            info = await self._known(found.path, info)
         return await same_as_file(info, file.path, self.agent, self.staging)
+
+    async def _known(self, key: str, listed: ObjectInfo) -> ObjectInfo:
+        """What the store of the source knows of an object, which its list may not tell."""
+        if has_crc(listed) or self.bucket is None:
+            return listed
+        return await self.bucket.objects.head(key)
 
     async def _copy_within(self, bucket: Region, found: Found, path: str) -> Ended:
         await bucket.objects.copy(found.path, path)
@@ -162,8 +165,8 @@ class Copier:
         piece = self.destination.piece(found.nbytes)
         if piece > self.staging.slots * SLOT:
             raise CopyError(f"{found.nbytes:,} bytes go in parts of {piece:,}, which takes as much --memory")
-        if self.bucket is not None and found.nbytes > piece and found.info is not None and not found.info.checksum:
-            info = await self.bucket.objects.head(found.path)  # a list does not tell checksums
+        if self.bucket is not None and found.nbytes > piece and found.info is not None:
+            info = await self._known(found.path, found.info)
             if (info.nbytes, info.etag) != (found.nbytes, found.mark):
                 raise CopyError("it was changed since it was listed; copy it again")
             found = found._replace(info=info)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable
 
 from asyncxfer import Agent, ObjectInfo
@@ -13,7 +13,7 @@ from asyncxfer._fast.crc64 import crc64nvme
 
 from ._staging import SLOT, Lent, Staging
 
-__all__ = ["encoded", "same_as_file", "same_files", "same_objects", "stated"]
+__all__ = ["encoded", "has_crc", "same_as_file", "same_files", "same_objects", "stated"]
 
 _MD5 = re.compile(r'"?([0-9a-fA-F]{32})"?')  # etag of an object that was written at once, in most stores
 
@@ -27,6 +27,11 @@ def stated(info: ObjectInfo | None) -> str | None:
     """The CRC64NVME that a store states of an object; None where it does not."""
     checksum = info.checksum if info is not None else None
     return checksum if checksum is not None and checksum.startswith("crc64nvme:") else None
+
+
+def has_crc(info: ObjectInfo) -> bool:
+    """Whether this states a CRC; what a list states may be less than what its store knows of an object."""
+    return (info.checksum or "").startswith(("crc64nvme:", "crc32c:"))
 
 
 def same_objects(one: ObjectInfo, other: ObjectInfo) -> bool:
@@ -49,13 +54,14 @@ async def same_as_file(info: ObjectInfo, path: str, agent: Agent, staging: Stagi
     if kind == "crc32c":
         return value == b64encode((await _crc(crc32c, path, agent, staging)).to_bytes(4, "big")).decode()
     etag = _MD5.fullmatch(info.etag)
-    if etag is None:
+    md5 = b64decode(value).hex() if kind == "md5" else etag[1].lower() if etag is not None else ""
+    if not md5:
         return False
     digest = hashlib.md5(usedforsecurity=False)
     async for lent in _pieces(path, agent, staging):
         for view in lent.views():
             digest.update(view)
-    return digest.hexdigest() == etag[1].lower()
+    return digest.hexdigest() == md5
 
 
 async def same_files(one: str, other: str, agent: Agent, staging: Staging) -> bool:

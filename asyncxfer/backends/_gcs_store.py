@@ -46,6 +46,7 @@ _PARTS = ".asyncxfer-parts/"
 _FIELDS = "name,size,generation,updated,crc32c"
 _PAGE = 1000  # objects a request that lists
 _DELETIONS = 16  # under way
+_FAREWELL = 5.0  # seconds, for parts that could not be deleted before
 _JSON: Header = (b"content-type", b"application/json; charset=utf-8")
 #: What is compressed comes as it is stored, else its length and checksum would be of something else.
 _STORED: Header = (b"accept-encoding", b"gzip")
@@ -172,9 +173,14 @@ class GcsStore:
         self._dialect = GcsDialect(account)
         self.attempts = Attempts(self._dialect, config)
         self.url = self._dialect.url
+        self._parts: dict[str, set[str]] = {}  # by upload: the keys that may be there
 
     async def aclose(self) -> None:
-        """Close all connections."""
+        """Close all connections, when parts are gone that could not be deleted before."""
+        deadline = asyncio.get_running_loop().time() + _FAREWELL
+        for upload in list(self._parts):
+            with contextlib.suppress(TransferError):  # nobody can do more about them from here
+                await self._drop(upload, self._parts[upload], deadline)
         await self.attempts.aclose()
 
     # -- bytes
@@ -248,7 +254,9 @@ class GcsStore:
 
     async def part(self, key: str, upload: str, number: int, body: Sequence[memoryview], *, deadline: float) -> Part:
         """Write one part."""
-        etag = await self.write(_part(upload, number), body, exists="replace", deadline=deadline)
+        name = _part(upload, number)
+        self._parts.setdefault(upload, set()).add(name)
+        etag = await self.write(name, body, exists="replace", deadline=deadline)
         return Part(number, sum([view.nbytes for view in body]), etag, await crc32c_of(body))
 
     async def complete(self, key: str, upload: str, parts: Sequence[Part], *, exists: Exists, deadline: float) -> str:
@@ -269,9 +277,30 @@ class GcsStore:
         return etag
 
     async def abort(self, key: str, upload: str, *, deadline: float) -> None:
-        """Delete the parts."""
-        keys = [_part(upload, number) for number in range(1, self.most_parts + 1)]
-        await self.delete(keys, deadline=deadline)
+        """Delete the parts, as many of them as can be."""
+        known = self._parts.get(upload)
+        await self._drop(upload, known or {_part(upload, number) for number in range(1, self.most_parts + 1)}, deadline)
+
+    async def _drop(self, upload: str, names: set[str], deadline: float) -> None:
+        """Delete parts; those that are left are tried once more when the store is closed."""
+        left = self._parts[upload] = set(names)
+        todo, failed = iter(sorted(names)), list[TransferError]()
+
+        async def some() -> None:
+            for name in todo:
+                try:
+                    await self.attempts.run(_Deletion("delete", name, b"DELETE", self._dialect.object(name)), deadline)
+                except TransferError as error:
+                    failed.append(error)
+                else:
+                    left.discard(name)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(len(names), _DELETIONS)):
+                group.create_task(some())
+        if failed:
+            raise failed[0]
+        del self._parts[upload]
 
     # -- what is there
 

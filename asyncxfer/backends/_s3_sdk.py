@@ -1,8 +1,10 @@
 """Who asks S3, and where a bucket is, as aiobotocore knows it: the only source of credentials, endpoints and regions.
 
 What may be in files, in the environment, at a metadata service or the output of a program is the SDK's to find, and is
-asked of the SDK by its public names, always in a thread and on an event loop that ends with the question: nothing of it
-holds up the loop that moves data. Between two questions an `Account` answers from memory.
+asked of the SDK by its public names, always in a thread and, where it has to be, on an event loop that ends with the
+question: nothing of it holds up the loop that moves data. Between two questions an `Account` answers from memory.
+Where a bucket is, botocore tells by itself; the rest of aiobotocore, whose import takes twice as long, is left until it
+is needed.
 
 Requests, objects and data are not known here. Where what the SDK is set up to do is more than a signed request to one
 endpoint (proxies, access points, S3 Express), `Account.limits` says so, and only the SDK's own data path may be used.
@@ -137,12 +139,15 @@ class _Sdk:
         self._bucket = bucket
         self._options = options
 
-    def session(self, region: str | None = None) -> Any:
-        """Make a session, which reads configuration anew."""
-        from aiobotocore.session import AioSession
+    def session(self, region: str | None = None, *, waits: bool = False) -> Any:
+        """Make a session, which reads configuration anew: one of botocore, or one that waits on an event loop."""
+        if waits:
+            from aiobotocore.session import AioSession as Session
+        else:
+            from botocore.session import Session
 
         # What the SDK's client believes where nothing else is said, read by the SDK's own rules.
-        session = AioSession(
+        session = Session(
             session_vars={"requests_ca_bundle": (None, "REQUESTS_CA_BUNDLE", None, None)},
             profile=self._options.profile_name,
         )
@@ -152,13 +157,16 @@ class _Sdk:
             session.set_config_variable("region", region)
         return session
 
-    def config(self, **more: Any) -> Any:
-        """Give the configuration of a client."""
-        from aiobotocore.config import AioConfig
+    def config(self, *, waits: bool = False, **more: Any) -> Any:
+        """Give the configuration of a client of a session."""
+        if waits:
+            from aiobotocore.config import AioConfig as Config
+        else:
+            from botocore.config import Config
 
         if self._options.addressing_style is not None:
             more["s3"] = {**more.get("s3", {}), "addressing_style": self._options.addressing_style}
-        return AioConfig(**more)
+        return Config(**more)
 
     def place(self, region: str | None) -> _Place:
         """Let the SDK make a request, and look where it would go."""
@@ -166,7 +174,7 @@ class _Sdk:
             session = self.session(region)
             limits = self._limits(session)
             # What is not one endpoint with one kind of signature is not asked about: its region will do.
-            url, scope = asyncio.run(self._request(session, "bucket" if limits else self._bucket))
+            url, scope = self._request(session, "bucket" if limits else self._bucket)
             parts = urlsplit(url)
             _, _, signed_for, service, _ = scope.split("/")
             netloc = parts.netloc if parts.port is not None else f"{parts.netloc}:{_PORTS[parts.scheme]}"
@@ -178,20 +186,29 @@ class _Sdk:
                 limits=limits or _detour(url, service),
             )
 
-    async def _request(self, session: Any, bucket: str) -> tuple[str, str]:
-        """Give the URL of a request for an object, and the scope of its signature."""
-        # Nothing is sent, so nobody has to be believed: reading certificates would take longer than all the rest.
-        client = session.create_client(
+    def _mute(self, session: Any, *, waits: bool = False) -> Any:
+        """Make a client whose requests are not to be sent."""
+        # Nobody has to be believed: reading certificates would take longer than all the rest.
+        return session.create_client(
             "s3", endpoint_url=self._options.endpoint_url, aws_access_key_id="nobody", aws_secret_access_key=_KEY,
-            config=self.config(signature_version="s3v4", retries={"total_max_attempts": 1}), verify=False,
+            config=self.config(waits=waits, signature_version="s3v4", retries={"total_max_attempts": 1}), verify=False,
         )  # fmt: skip
-        async with client as s3:
+
+    def _request(self, session: Any, bucket: str) -> tuple[str, str]:
+        """Give the URL of a request for an object, and the scope of its signature."""
+        with contextlib.closing(self._mute(session)) as s3:
             s3.meta.events.register_first("before-send.s3", _Seen.stop)
             try:
-                await s3.get_object(Bucket=bucket, Key=_KEY)
+                s3.get_object(Bucket=bucket, Key=_KEY)
             except _Seen as seen:
                 return seen.url, seen.scope
         raise AssertionError
+
+    async def _warm(self, session: Any) -> None:
+        async with self._mute(session, waits=True) as s3:
+            s3.meta.events.register_first("before-send.s3", _Seen.stop)
+            with contextlib.suppress(_Seen):
+                await s3.get_object(Bucket="bucket", Key=_KEY)
 
     def _limits(self, session: Any) -> str:
         """Say what of the bucket's name and of the configuration takes more than a signed request to one endpoint."""
@@ -224,8 +241,8 @@ class _Sdk:
     def warm_session(self, region: str) -> Any:
         """Make a session that has read all that a client takes."""
         with self._explained("make a client"):
-            session = self.session(region)
-            asyncio.run(self._request(session, "bucket"))
+            session = self.session(region, waits=True)
+            asyncio.run(self._warm(session))
             return session
 
     def context(self, verify: str | bool) -> ssl.SSLContext:
@@ -253,6 +270,7 @@ class _Sdk:
         if not _asks(session, "payload_signing_enabled"):
             more["s3"] = {"payload_signing_enabled": False}
         config = self.config(
+            waits=True,
             # Bodies carry checksums that are computed here, and parameters are right.
             request_checksum_calculation="when_required", response_checksum_validation="when_required",
             parameter_validation=False,
@@ -269,7 +287,7 @@ class _Sdk:
             given = Credentials(options.aws_access_key_id, options.aws_secret_access_key, options.aws_session_token)
             return _Obtained(None, given, None)
         with self._explained("find credentials"):
-            session = self.session()
+            session = self.session(waits=True)
             source = asyncio.run(session.get_credentials())
             if source is None:
                 raise RegistrationError(f"s3://{self._bucket}: there are no credentials; {_NO_CREDENTIALS}")
@@ -433,7 +451,7 @@ class Account:
     @staticmethod
     def _found(bucket: str, options: _Options) -> tuple[_Sdk, _Place, ssl.SSLContext | None, _Obtained | None]:
         try:
-            import aiobotocore.session  # noqa: F401 - all that follows needs it
+            import botocore.session  # noqa: F401 - all that follows needs it
         except ImportError as error:
             raise RegistrationError(f"s3://{bucket}: aiobotocore cannot be imported: {error}; {_INSTALL}") from error
         sdk = _Sdk(bucket, options)

@@ -29,8 +29,9 @@ __all__ = ["add_arguments", "main"]
 
 _Item = TypeVar("_Item")
 
+_OBJECTS = ("s3", "azure")
 #: What some options are for.
-_PLACES = {"way": "file", "folder": "file", "backend": "file", "endpoint": "s3", "bucket": "s3"}
+_PLACES = {"way": ["file"], "folder": ["file"], "backend": ["file"], "endpoint": [*_OBJECTS], "bucket": [*_OBJECTS]}
 _UCX_OPTIONS = ("transports", "ucx_progress", "ucx_workers")
 _BLOCK = 4096
 _BUCKET = "asyncxfer-bench"
@@ -62,17 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     threads = _list_of(_one_of("on", "off", "spin"))
     add("--nixl-progress-thread", type=threads, default=["on"], metavar="on,off,spin", help=thread)
     over = "what systems may use: whatever is fastest on one host (default); TCP, beside a plain socket and iperf3; or "
-    over += "UCX, beside ucx_perftest; or a file; or objects of S3"
-    add("--over", choices=["host", "tcp", "ucx", "file", "s3"], help=over)
+    over += "UCX, beside ucx_perftest; or a file; or objects of S3 or Azure"
+    add("--over", choices=["host", "tcp", "ucx", "file", *_OBJECTS], help=over)
     ways = _list_of(_one_of("cached", "direct"))
     add(
         "--way", type=ways, metavar="cached,direct", help="over a file: through the page cache, past it (default: both)"
     )
     add("--folder", metavar="PATH", help="over a file: where it is made (default: the current folder)")
     add("--backend", metavar="NAME", help="over a file: which of our backends moves (default: the one that is chosen)")
-    endpoint = "over S3: what to measure against, by the credentials that the SDK finds (default: a server that keeps "
-    add("--endpoint", metavar="URL", help=endpoint + "nothing)")
-    add("--bucket", metavar="NAME", help=f"over S3: with --endpoint; made if it is not there (default {_BUCKET})")
+    endpoint = "over S3 and Azure: what to measure against (default: a server that keeps nothing), by the credentials "
+    endpoint += "that the SDK finds; of Azure the URL of an account whose key AZURE_STORAGE_CONNECTION_STRING has"
+    add("--endpoint", metavar="URL", help=endpoint)
+    bucket = f"bucket or container of an --endpoint; made if it is not there (default {_BUCKET})"
+    add("--bucket", metavar="NAME", help=bucket)
     transports = f"over UCX: which of its transports everybody may use, as UCX_TLS (default {_ucx.DEFAULT_TRANSPORTS})"
     add("--transports", metavar="UCX_TLS", help=transports)
     driven = "over UCX: who drives it in ours; with several, each runs, and ratios are of the first (default loop)"
@@ -81,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     veth = "over TCP: on loopback, or between two network namespaces joined by a veth, which needs root"
     add("--link", choices=["loopback", "veth"], default="loopback", help=veth)
     add("--mtu", type=_at_least_one, default=1500, metavar="BYTES", help="of the veth (default 1500)")
-    add("--tls", action="store_true", help="over TCP: ours encrypts, beside ours in plain and `ssl`; over S3: https")
+    tls = "over TCP: ours encrypts, beside ours in plain and `ssl`; over S3 and Azure: https"
+    add("--tls", action="store_true", help=tls)
     add("--checksum", action="store_true", help="ours checks every row, beside ours without")
     modes = parser.add_mutually_exclusive_group()
     told = "instead: how soon a receiver knows of a put; on one host and over TCP, or what --over says"
@@ -107,8 +111,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     try:
         with contextlib.ExitStack() as stack:
-            if arguments.over == "s3":
-                mode, results, table, told = _run_over_s3(arguments)
+            if arguments.over in _OBJECTS:
+                mode, results, table, told = _run_over_objects(arguments)
             elif arguments.over == "file":
                 mode, results, table, told = _run_over_file(arguments)
             else:
@@ -163,11 +167,12 @@ def _run_over_file(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], C
     return "compare", asyncio.run(_file.compare_files(options, _progress)), _report.file_table, told
 
 
-def _run_over_s3(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], Callable[..., Any], dict[str, Any]]:
-    from . import _report, _s3
-    from ._s3_cases import OBJECT_SHAPES
+def _run_over_objects(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], Callable[..., Any], dict[str, Any]]:
+    from . import _objects, _report
+    from ._object_cases import OBJECT_SHAPES
 
-    options = _s3.ObjectOptions(
+    options = _objects.ObjectOptions(
+        cloud=arguments.over,
         shapes=arguments.shapes or OBJECT_SHAPES,
         ops=arguments.op,
         rounds=arguments.rounds,
@@ -182,9 +187,9 @@ def _run_over_s3(arguments: argparse.Namespace) -> tuple[str, Sequence[Any], Cal
     )
     told = {"endpoint": options.endpoint, "link": options.link}
     if arguments.stall is not None:
-        stalls = asyncio.run(_s3.stall_objects(options, _progress, seconds=arguments.stall))
+        stalls = asyncio.run(_objects.stall_objects(options, _progress, seconds=arguments.stall))
         return "stall", stalls, _report.stall_table, told
-    return "compare", asyncio.run(_s3.compare_objects(options, _progress)), _report.object_table, told
+    return "compare", asyncio.run(_objects.compare_objects(options, _progress)), _report.object_table, told
 
 
 def _options(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Options:
@@ -276,13 +281,13 @@ def _senseless(arguments: argparse.Namespace) -> str:
     over = arguments.over
     if over != "tcp" and arguments.link == "veth":
         return "--link veth is for --over tcp"
-    if over not in ("tcp", "s3") and arguments.tls:
-        return "--tls is for --over tcp and --over s3"
+    if over not in ("tcp", *_OBJECTS) and arguments.tls:
+        return "--tls is for --over tcp, --over s3 and --over azure"
     for option, where in _PLACES.items():
-        if over != where and getattr(arguments, option) is not None:
-            return f"--{option} is for --over {where}"
-    if over == "s3":
-        return _senseless_over_s3(arguments)
+        if over not in where and getattr(arguments, option) is not None:
+            return f"--{option} is for {' and '.join(f'--over {place}' for place in where)}"
+    if over in _OBJECTS:
+        return _senseless_over_objects(arguments)
     if over == "file":
         return _senseless_over_file(arguments)
     if arguments.over == "ucx" and arguments.checksum:
@@ -308,11 +313,11 @@ def _senseless_over_one(arguments: argparse.Namespace) -> str:
     return ""
 
 
-def _senseless_over_s3(arguments: argparse.Namespace) -> str:
+def _senseless_over_objects(arguments: argparse.Namespace) -> str:
     if arguments.memory is not None:
-        return "--memory is not for --over s3"
+        return f"--memory is not for --over {arguments.over}"
     if any(shape.contiguous for shape in arguments.shapes or []):
-        return "each row is an object over s3, so that none are contiguous"
+        return f"each row is an object over {arguments.over}, so that none are contiguous"
     if arguments.endpoint is None and arguments.bucket is not None:
         return "--bucket is for --endpoint"
     if arguments.endpoint is not None and not arguments.endpoint.startswith(("http://", "https://")):
@@ -349,10 +354,21 @@ def _missing(arguments: argparse.Namespace) -> str:
         return "--uvloop needs uvloop, which is not installed; pip install uvloop"
     if arguments.peer == "nixl" and _nixl.installed_version() is None:
         return f"--peer nixl needs NIXL, which is not installed; {_nixl.INSTALL}"
-    if arguments.over == "s3" and importlib.util.find_spec("aiobotocore") is None:
-        return "--over s3 needs aiobotocore, which is not installed; pip install 'asyncxfer[s3]'"
+    if arguments.over in _OBJECTS:
+        return _missing_over_objects(arguments.over)
     if arguments.over == "ucx" and not _ucx.is_installed():
         return f"--over ucx needs ucxx, which is not installed; {_ucx.INSTALL}"
+    return ""
+
+
+def _missing_over_objects(cloud: str) -> str:
+    library = {"s3": "aiobotocore", "azure": "azure-storage-blob"}[cloud]
+    try:
+        found = importlib.util.find_spec({"s3": "aiobotocore", "azure": "azure.storage.blob"}[cloud])
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return f"--over {cloud} needs {library}, which is not installed; pip install 'asyncxfer[{cloud}]'"
     return ""
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ._file_cases import FileCase
     from ._nixl import Thread
-    from ._s3_cases import ObjectCase
+    from ._object_cases import ObjectCase
     from ._side import Message
     from ._ucx import Progress
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ._compare import Options
     from ._file_cases import FileCase
-    from ._s3_cases import ObjectCase
+    from ._object_cases import ObjectCase
     from ._side import Message
 
 __all__ = ["FLOOD_SHAPES", "Flood", "Stall", "flood", "stall"]

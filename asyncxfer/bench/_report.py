@@ -21,8 +21,8 @@ from ._file_cases import FileCase
 from ._idle import Idle
 from ._loop import Flood, Stall
 from ._notify import Notified
+from ._object_cases import ObjectCase
 from ._post import Posted
-from ._s3_cases import ObjectCase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._file_side import FileSide
-    from ._s3_side import ObjectSide
+    from ._object_side import ObjectSide
     from ._side import Message, Side
 
 __all__ = ["MAX_LINE"]
@@ -34,7 +34,7 @@ def _side(options: Message) -> Side | FileSide | ObjectSide:
     """The side that this process is; imported here so that neither system sees the other's."""
     if options["over"] == "file":
         return _file_side(options)
-    if options["over"] == "s3":
+    if options["over"] in ("s3", "azure"):
         return _object_side(options)
     if options["system"] == "nixl":
         from ._nixl import NixlSide
@@ -69,18 +69,22 @@ def _file_side(options: Message) -> FileSide:
 
 def _object_side(options: Message) -> ObjectSide:
     if options["system"] == "nixl":
-        from ._s3_nixl import NixlObjectSide
+        from ._object_nixl import NixlObjectSide
 
         return NixlObjectSide()
     if options["system"] == "obstore":
-        from ._s3_obstore import ObstoreSide
+        from ._object_obstore import ObstoreSide
 
         return ObstoreSide()
     if options["system"] == "aiobotocore":
-        from ._s3_aiobotocore import AiobotocoreSide
+        from ._object_aiobotocore import AiobotocoreSide
 
         return AiobotocoreSide()
-    from ._s3_ours import OurObjectSide
+    if options["system"] == "azure-storage-blob":
+        from ._object_azure_sdk import AzureSdkSide
+
+        return AzureSdkSide()
+    from ._object_ours import OurObjectSide
 
     return OurObjectSide()
 

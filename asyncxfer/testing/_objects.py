@@ -43,6 +43,7 @@ __all__ = ["ObjectContract", "ObjectTarget"]
 
 _NOBODY = "nobody is at the other end of an object"
 _PARTS = "objects are put whole"
+_PART = 5 << 20  # bytes: what every store takes
 _RANDOM = np.random.default_rng(7)
 
 
@@ -191,8 +192,8 @@ class ObjectContract(BackendContract, abc.ABC):
     """Tests that every backend for objects passes, used as `BackendContract` is.
 
     Each test has a prefix of its own. A subclass gives `url` and `opening`, and reads and writes objects by other means
-    than those under test. Of the capabilities that `skips` names there is one more: ``"exists"`` (what is there can be
-    kept).
+    than those under test. Of the capabilities that `skips` names there are three more: ``"exists"`` (what is there can
+    be kept), ``"upload"`` (objects can be written part by part), and ``"keep"`` (what is there be kept by that, too).
     """
 
     many: ClassVar[int] = 240
@@ -211,6 +212,10 @@ class ObjectContract(BackendContract, abc.ABC):
     @abc.abstractmethod
     async def place(self, key: str, data: bytes) -> None:
         """Make an object by other means."""
+
+    async def unfinished(self) -> list[str]:
+        """Name what the store keeps of uploads that were neither completed nor given up, where it tells."""
+        return []
 
     @contextlib.asynccontextmanager
     async def stage(self) -> AsyncIterator[Stage]:
@@ -349,6 +354,97 @@ class ObjectContract(BackendContract, abc.ABC):
         async with self._objects() as (agent, region), agent.register(b"behind") as source:
             await agent.put(source[:], region["there"], backend=self.route)
             assert await self.fetch("there") == b"behind"
+
+    # -- part by part
+
+    async def test_parts_in_any_order_make_one_object(self) -> None:
+        self.need("upload")
+        data = _RANDOM.integers(0, 256, 2 * _PART + 100, np.uint8)
+        async with self._objects() as (agent, region), agent.register(data) as memory:
+            async with region.objects.upload("parts/whole") as upload:
+                with pytest.raises(ObjectMissingError):
+                    await region.objects.head("parts/whole")
+                await upload.put(2, memory[_PART : 2 * _PART])
+                await asyncio.gather(
+                    upload.put(3, memory[2 * _PART :]),
+                    upload.put(1, memory.descriptors([0, _PART // 2], [_PART // 2, _PART // 2])),
+                )
+                etag = await upload.complete()
+            info = await region.objects.head("parts/whole")
+            assert (info.nbytes, info.etag) == (len(data), etag)
+            assert await self.fetch("parts/whole") == data.tobytes()
+            with pytest.raises(ClosedError, match="has ended"):
+                await upload.put(4, memory[:_PART])
+            with pytest.raises(ClosedError, match="has ended"):
+                await upload.complete()
+            assert [info.key async for info in region.objects.list()] == ["parts/whole"]
+        assert await self.unfinished() == []
+
+    @pytest.mark.parametrize("how", ["left", "failed", "cancelled"])
+    async def test_an_upload_that_is_not_completed_leaves_nothing(self, how: str) -> None:
+        self.need("upload")
+        async with self._objects() as (agent, region), agent.register(np.zeros(_PART, np.uint8)) as memory:
+            stored = asyncio.Event()
+
+            async def write() -> None:
+                async with region.objects.upload("parts/never") as upload:
+                    await upload.put(1, memory[:])
+                    stored.set()
+                    if how == "cancelled":
+                        await asyncio.Event().wait()
+                    if how == "failed":
+                        raise ZeroDivisionError
+
+            writing = asyncio.create_task(write())
+            await asyncio.wait({writing, waiting := asyncio.create_task(stored.wait())}, return_when="FIRST_COMPLETED")
+            waiting.cancel()
+            if how == "cancelled":
+                writing.cancel()
+            await asyncio.wait({writing})
+            assert writing.cancelled() == (how == "cancelled")
+            if how != "cancelled":
+                assert isinstance(writing.exception(), ZeroDivisionError) == (how == "failed")
+            with pytest.raises(ObjectMissingError):
+                await region.objects.head("parts/never")
+            assert [info.key async for info in region.objects.list()] == []
+        assert await self.unfinished() == []
+
+    async def test_parts_are_of_host_memory_and_numbered_from_one(self) -> None:
+        self.need("upload")
+        async with self._objects() as (agent, region), agent.register(np.zeros(100, np.uint8)) as memory:
+            async with region.objects.upload("parts/wrong") as upload:
+                with pytest.raises(DescriptorError, match="a number from 1"):
+                    await upload.put(0, memory[:])
+                with pytest.raises(DescriptorError, match="host memory"):
+                    await upload.put(1, region["parts/other"])
+            with pytest.raises(ClosedError, match="async with"):
+                await region.objects.upload("parts/unbegun").put(1, memory[:])
+        async with self._objects("r") as (_, region):
+            with pytest.raises(AccessError, match="was opened in mode 'r'"):
+                region.objects.upload("parts/wrong")
+        assert await self.unfinished() == []
+
+    async def test_an_upload_keeps_what_is_there_or_is_an_error_if_that_was_asked_for(self) -> None:
+        self.need("upload")
+        self.need("keep")
+        await self.place("there", b"before")
+        async with self._objects(exists="keep") as (agent, region), agent.register(b"behind") as source:
+            async with region.objects.upload("there") as upload:
+                await upload.put(1, source[:])
+                assert await upload.complete() == ""
+            assert await self.fetch("there") == b"before"
+        async with self._objects(exists="error") as (agent, region), agent.register(b"behind") as source:
+            async with region.objects.upload("there") as upload:
+                await upload.put(1, source[:])
+                with pytest.raises(ObjectExistsError, match="there"):
+                    await upload.complete()
+            assert await self.fetch("there") == b"before"
+        async with self._objects() as (agent, region), agent.register(b"behind") as source:
+            async with region.objects.upload("there") as upload:
+                await upload.put(1, source[:])
+                assert await upload.complete()
+            assert await self.fetch("there") == b"behind"
+        assert await self.unfinished() == []
 
     # -- what moves no bytes
 

@@ -9,46 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ._file_side import UnavailableError, aligned
-from ._s3_cases import ObjectCase
+from ._object_cases import ObjectCase
+from ._object_store import store_kind
 from ._ticker import Ticker, percentiles
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ._object_store import StoreAt
     from ._side import Message
 
-__all__ = ["ObjectSide", "StoreAt", "rows_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreAt:
-    """Where the objects are, and who asks for them.
-
-    Attributes
-    ----------
-    prefix : str
-        What all keys begin with, with a slash at its end.
-    ca : str or None
-        File with the certificate that its own is trusted by; None: those of the system, or no TLS.
-    """
-
-    endpoint: str
-    bucket: str
-    prefix: str
-    region: str
-    access_key: str
-    secret_key: str
-    session_token: str | None = None
-    ca: str | None = None
-
-    def to_message(self) -> Message:
-        """As plain values, for the pipe to a worker."""
-        return asdict(self)
+__all__ = ["ObjectSide", "rows_of"]
 
 
 class ObjectSide(ABC):
@@ -90,7 +65,7 @@ class ObjectSide(ABC):
         """
         do = message["do"]
         if do == "open":
-            return await self._open(message["nbytes"], StoreAt(**message["store"]))
+            return await self._open(message["nbytes"], store_kind(message["cloud"])(**message["store"]))
         if do == "begin":
             await self._begin(ObjectCase.from_message(message["case"]), message["warmup"])
         elif do == "run":

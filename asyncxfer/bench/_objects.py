@@ -1,15 +1,13 @@
 """asyncxfer between memory and objects, and others beside it: the same cases on the same store, interleaved by rounds.
 
-The store is a null server, so that what is measured is the client, or whatever speaks S3 at an endpoint. Beside ours
-run aiobotocore by itself, obstore where it is installed, and NIXL's OBJ plug-in if asked for, each in a process of its
-own. After the rounds each system moves everything once more; what a get has brought is checked, and what a put has left
-where the store keeps it. Objects are looked after here, by the SDK; how a system moves bytes is not known.
+The store is a null server, so that what is measured is the client, or whatever speaks S3 or Azure at an endpoint.
+Beside ours run the SDK by itself, obstore where it is installed, and NIXL's plug-in if asked for, each in a process of
+its own. After the rounds each system moves everything once more; what a get has brought is checked, and what a put has
+left where the store keeps it. How a system moves bytes is not known, nor how objects are made and looked at.
 """
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 import importlib.util
 import os
 import shutil
@@ -19,18 +17,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 from urllib.parse import urlsplit
-
-import numpy as np
 
 from ._compare import OURS, Line, Measured
 from ._loop import Stall
-from ._null_s3 import NullServer
+from ._null_objects import NullServer
+from ._object_cases import OBJECT_SHAPES, Link, ObjectCase
+from ._object_obstore import INSTALL as INSTALL_OBSTORE
+from ._object_store import Cloud, KeptObjects, store_kind
 from ._pair import BenchError, Sample, Worker
-from ._s3_cases import OBJECT_SHAPES, Link, ObjectCase
-from ._s3_obstore import INSTALL as INSTALL_OBSTORE
-from ._s3_side import StoreAt
 from ._shapes import Op, Shape
 from ._side import Message
 
@@ -38,6 +34,8 @@ __all__ = ["ObjectOptions", "compare_objects", "stall_objects"]
 
 #: How long the loop is watched after the rounds of a case, in seconds.
 _WATCH = 0.25
+#: What runs beside ours always.
+_SDKS: dict[Cloud, str] = {"s3": "aiobotocore", "azure": "azure-storage-blob"}
 _OPENSSL = "without the program openssl there is no certificate for https; apt-get install openssl"
 
 
@@ -47,16 +45,19 @@ class ObjectOptions:
 
     Attributes
     ----------
+    cloud : {"s3", "azure"}
     rivals : bool
         Whether others run beside it: whatever is installed, and NIXL if `nixl`.
     nixl : bool
     tls : bool
         The null server speaks https.
     endpoint : str or None
-        URL of the store, whose credentials the SDK finds; None: a null server.
+        URL of the store, whose credentials are where its users have them; None: a null server.
     bucket : str
-        Made if it is not there.
+        Or container; made if it is not there.
     """
+
+    cloud: Cloud = "s3"
 
     shapes: Sequence[Shape] = OBJECT_SHAPES
     ops: Sequence[Op] = ("put", "get")
@@ -85,11 +86,12 @@ class ObjectOptions:
 
     def systems(self, report: Callable[[str], None]) -> Iterator[tuple[str, str, Message]]:
         """Every system: what to call it, what it is, and what its worker has to know."""
-        told = {"over": "s3", "uvloop": self.uvloop}
+        told = {"over": self.cloud, "uvloop": self.uvloop}
         yield OURS, "asyncxfer", told
         if not self.rivals:
             return
-        yield "aiobotocore", "aiobotocore", told
+        sdk = _SDKS[self.cloud]
+        yield sdk, sdk, told
         if importlib.util.find_spec("obstore") is None:
             report(f"without obstore, which is not installed; {INSTALL_OBSTORE}")
         else:
@@ -98,86 +100,10 @@ class ObjectOptions:
             yield "NIXL", "nixl", told
 
 
-class _Objects:
-    """The objects that everybody uses, as the SDK by itself sees them. What it fails at is a BenchError."""
-
-    def __init__(self, store: StoreAt) -> None:
-        self._store = store
-        self._keys: set[str] = set()
-        self._client: Any = None
-        failures = importlib.import_module("botocore.exceptions")
-        self._failures: tuple[type[Exception], ...] = (failures.BotoCoreError, failures.ClientError)
-
-    async def reach(self) -> None:
-        """Make the bucket where there is none."""
-        await self._asked(self._reach)
-
-    async def fill(self, case: ObjectCase) -> None:
-        """Make what a get is to read, and leave nothing where a put is to write."""
-        await self._asked(self._fill, case)
-
-    async def problem(self, case: ObjectCase) -> str:
-        """Check what a put has written."""
-        wrong: int = await self._asked(self._differing, case)
-        return f"{wrong} of {case.shape.count} objects differ" if wrong else ""
-
-    async def close(self) -> None:
-        """Remove them."""
-        await self._asked(self._remove)
-
-    async def _asked(self, call: Callable[..., Any], *arguments: object) -> Any:
-        try:
-            return await asyncio.to_thread(call, *arguments)
-        except self._failures as error:
-            raise BenchError(f"{self._store.endpoint} cannot be used: {error}") from error
-
-    def _reach(self) -> None:
-        store = self._store
-        session: Any = importlib.import_module("botocore.session").get_session()
-        self._client = session.create_client(
-            "s3",
-            endpoint_url=store.endpoint,
-            region_name=store.region,
-            aws_access_key_id=store.access_key,
-            aws_secret_access_key=store.secret_key,
-            aws_session_token=store.session_token,
-            verify=store.ca,
-            config=importlib.import_module("botocore.config").Config(s3={"addressing_style": "path"}),
-        )
-        try:
-            self._client.head_bucket(Bucket=store.bucket)
-        except self._client.exceptions.ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
-                raise
-            self._client.create_bucket(Bucket=store.bucket)
-
-    def _fill(self, case: ObjectCase) -> None:
-        for number, key in enumerate(case.keys()):
-            whole = self._store.prefix + key
-            self._keys.add(whole)
-            if case.op == "get":
-                self._client.put_object(Bucket=self._store.bucket, Key=whole, Body=case.holds(number).tobytes())
-            else:
-                self._client.delete_object(Bucket=self._store.bucket, Key=whole)
-
-    def _differing(self, case: ObjectCase) -> int:
-        wrong = 0
-        for number, key in enumerate(case.keys()):
-            answer = self._client.get_object(Bucket=self._store.bucket, Key=self._store.prefix + key)
-            content = np.frombuffer(answer["Body"].read(), np.uint8)
-            wrong += not np.array_equal(content, case.holds(number))
-        return wrong
-
-    def _remove(self) -> None:
-        for key in self._keys:
-            self._client.delete_object(Bucket=self._store.bucket, Key=key)
-        self._client.close()
-
-
 class _System:
     """One system, in a process of its own."""
 
-    def __init__(self, worker: Worker, objects: _Objects | None) -> None:
+    def __init__(self, worker: Worker, objects: KeptObjects | None) -> None:
         self.worker = worker
         self._objects = objects
 
@@ -246,17 +172,17 @@ async def stall_objects(options: ObjectOptions, report: Callable[[str], None], *
 
 async def _start(
     stack: AsyncExitStack, options: ObjectOptions, report: Callable[[str], None]
-) -> tuple[_Objects | None, dict[str, _System]]:
+) -> tuple[KeptObjects | None, dict[str, _System]]:
     """Reach the store, and start every system that can take part; `stack` ends them."""
     prefix, objects = f"asyncxfer-bench-{os.getpid()}/", None
+    kind = store_kind(options.cloud)
     if options.endpoint is None:
         certificate = _certificate(stack) if options.tls else None
         url = stack.enter_context(NullServer(certificate)).url
-        ca = None if certificate is None else str(certificate)
-        store = StoreAt(url, options.bucket, prefix, "us-east-1", "null", "null", ca=ca)
+        store = kind.of_null_server(url, options.bucket, prefix, None if certificate is None else str(certificate))
     else:
-        store = _store_at(options.endpoint, options.bucket, prefix)
-        objects = _Objects(store)
+        store = kind.found(options.endpoint, options.bucket, prefix)
+        objects = store.objects()
         await objects.reach()
         stack.push_async_callback(objects.close)
     nbytes = max(case.shape.span for case in options.cases())
@@ -264,24 +190,13 @@ async def _start(
     for name, system, told in options.systems(report):
         worker = await Worker.start(system, "initiator", told)
         stack.push_async_callback(worker.close)
-        unavailable = (await worker.ask("open", nbytes=nbytes, store=store.to_message())).get("unavailable")
+        opened = await worker.ask("open", nbytes=nbytes, cloud=options.cloud, store=store.to_message())
+        unavailable = opened.get("unavailable")
         if unavailable is None:
             systems[name] = _System(worker, objects)
         else:
             report(f"without {name}: {unavailable}")
     return objects, systems
-
-
-def _store_at(endpoint: str, bucket: str, prefix: str) -> StoreAt:
-    """With the credentials, region and authority that the SDK finds."""
-    session: Any = importlib.import_module("botocore.session").get_session()
-    credentials = session.get_credentials()
-    if credentials is None:
-        raise BenchError(f"nothing says who asks {endpoint}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    frozen = credentials.get_frozen_credentials()
-    region = session.get_config_variable("region") or "us-east-1"
-    ca = session.get_config_variable("ca_bundle") if endpoint.startswith("https") else None
-    return StoreAt(endpoint, bucket, prefix, region, frozen.access_key, frozen.secret_key, frozen.token, ca)
 
 
 def _certificate(stack: AsyncExitStack) -> Path:

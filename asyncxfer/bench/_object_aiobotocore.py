@@ -10,7 +10,8 @@ import importlib
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from ._s3_side import ObjectSide, rows_of
+from ._object_s3 import S3At
+from ._object_side import ObjectSide, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ._s3_cases import ObjectCase
-    from ._s3_side import StoreAt
+    from ._object_cases import ObjectCase
+    from ._object_store import StoreAt
 
 __all__ = ["AiobotocoreSide"]
 
@@ -34,6 +35,7 @@ class AiobotocoreSide(ObjectSide):
         self._moves: list[Callable[[], Awaitable[None]]] = []
 
     async def open(self, memory: NDArray[np.uint8], store: StoreAt) -> None:
+        assert isinstance(store, S3At)
         config: Any = importlib.import_module("aiobotocore.config").AioConfig(
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",

@@ -1,9 +1,10 @@
 """A server that says what an object store would say and stores nothing, so that what is measured is the client.
 
 A process of its own with one thread: GET answers bytes out of one file in memory, which the kernel sends without this
-program touching them; PUT is thrown away where it arrives. It speaks HTTP/1.1 and as much of S3 as a client needs to
-get, put, and put in parts; it checks no signature and no checksum. Over https, the bytes are encrypted out of that file
-and decrypted into one place, records of 16 KiB by one call.
+program touching them; PUT is thrown away where it arrives. It speaks HTTP/1.1 and as much of S3 and of Azure as a
+client needs to get, put, and put in parts; which of them, the header tells with which Azure's clients say their
+version. It checks no signature and no checksum. Over https, the bytes are encrypted out of that file and decrypted into
+one place, records of 16 KiB by one call.
 
 The size of an object is the number that its key ends in, and its bytes are those of `content`. The program imports
 nothing of this package, so that it starts at once.
@@ -46,6 +47,13 @@ _PR_SET_PDEATHSIG = 1
 
 _SIZE = re.compile(rb"(\d{1,18})$")
 _ETAG = b'ETag: "00000000000000000000000000000000"\r\n'
+#: What every answer of Azure about a blob has, and some of its clients insist on.
+_BLOB = (
+    b'ETag: "0x000000000000000"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n'
+    b"x-ms-creation-time: Thu, 01 Jan 2026 00:00:00 GMT\r\nx-ms-blob-type: BlockBlob\r\n"
+    b"x-ms-lease-state: available\r\nx-ms-lease-status: unlocked\r\nx-ms-server-encrypted: true\r\n"
+    b"x-ms-request-server-encrypted: true\r\nx-ms-request-id: 0\r\nx-ms-version: 2023-11-03\r\n"
+)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _XML = b'<?xml version="1.0" encoding="UTF-8"?>\n'
 _CREATED = _XML + b"<InitiateMultipartUploadResult><UploadId>null</UploadId></InitiateMultipartUploadResult>"
@@ -112,7 +120,7 @@ class NullServer:
 
 def _fill() -> int:
     """A file in memory with the bytes of objects."""
-    fd = os.memfd_create("null-s3", os.MFD_CLOEXEC)
+    fd = os.memfd_create("null-objects", os.MFD_CLOEXEC)
     os.pwrite(fd, array.array("Q", range(_PERIOD // _WORD)), 0)
     return fd
 
@@ -210,8 +218,12 @@ class _Connection:
 
     def _answer(self, method: bytes, target: bytes, headers: dict[bytes, bytes]) -> Waits:
         path, _, query = target.partition(b"?")
+        azure = b"x-ms-version" in headers
         if method in (b"GET", b"HEAD"):
-            yield from self._get(path, headers.get(b"range"), bodiless=method == b"HEAD")
+            wanted = headers.get(b"x-ms-range") or headers.get(b"range")
+            yield from self._get(path, wanted, _BLOB if azure else _ETAG, bodiless=method == b"HEAD")
+        elif method == b"PUT" and azure:
+            yield from self._send(b"HTTP/1.1 201 Created\r\n" + _BLOB + b"Content-Length: 0\r\n\r\n")
         elif method == b"PUT":
             yield from self._send(b"HTTP/1.1 200 OK\r\n" + _ETAG + b"Content-Length: 0\r\n\r\n")
         elif method == b"POST":
@@ -225,7 +237,7 @@ class _Connection:
         head = b"HTTP/1.1 %b\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
         yield from self._send(head if bodiless else head + body)
 
-    def _get(self, path: bytes, wanted: bytes | None, *, bodiless: bool) -> Waits:
+    def _get(self, path: bytes, wanted: bytes | None, about: bytes, *, bodiless: bool) -> Waits:
         sized = _SIZE.search(path)
         if sized is None:
             yield from self._say(b"404 Not Found", _NO_KEY, bodiless=bodiless)
@@ -238,7 +250,7 @@ class _Connection:
                 yield from self._say(b"416 Range Not Satisfiable", _NO_RANGE, bodiless=bodiless)
                 return
             status, told = b"206 Partial Content", b"Content-Range: bytes %d-%d/%d\r\n" % (first, end - 1, size)
-        head = b"HTTP/1.1 %b\r\n%b%bContent-Length: %d\r\n\r\n" % (status, _ETAG, told, end - first)
+        head = b"HTTP/1.1 %b\r\n%b%bContent-Length: %d\r\n\r\n" % (status, about, told, end - first)
         if bodiless or first == end:
             yield from self._send(head)
         else:

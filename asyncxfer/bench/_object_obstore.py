@@ -9,7 +9,9 @@ import asyncio
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._s3_side import ObjectSide, rows_of
+from ._object_azure import AzureAt
+from ._object_s3 import S3At
+from ._object_side import ObjectSide, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ._s3_cases import ObjectCase
-    from ._s3_side import StoreAt
+    from ._object_cases import ObjectCase
+    from ._object_store import StoreAt
 
 __all__ = ["INSTALL", "ObstoreSide"]
 
@@ -35,14 +37,8 @@ class ObstoreSide(ObjectSide):
         client = {"allow_http": True}
         if store.ca is not None:
             client["allow_invalid_certificates"] = True  # it takes no authority of one's own
-        settings: dict[str, Any] = {"endpoint": store.endpoint, "region": store.region}
-        settings |= {"access_key_id": store.access_key, "secret_access_key": store.secret_key}
-        if store.session_token is not None:
-            settings["session_token"] = store.session_token
-        prefix = store.prefix.rstrip("/")
-        self._store: Any = stores.S3Store(
-            store.bucket, prefix=prefix, virtual_hosted_style_request=False, client_options=client, **settings
-        )
+        made = {"prefix": store.prefix.rstrip("/"), "client_options": client}
+        self._store: Any = _store(stores, store, made)
         self._whole = memory
         self._moves: list[Callable[[], Awaitable[None]]] = []
 
@@ -75,3 +71,17 @@ class ObstoreSide(ObjectSide):
 
     async def close(self) -> None:
         await self.release()
+
+
+def _store(stores: Any, store: StoreAt, settings: dict[str, Any]) -> Any:
+    """Its own name for where a store is and who asks."""
+    settings["endpoint"] = store.endpoint
+    if isinstance(store, AzureAt):
+        settings |= {"account_name": store.account, "account_key": store.key}
+        return stores.AzureStore(store.bucket, **settings)
+    assert isinstance(store, S3At)
+    settings |= {"region": store.region, "virtual_hosted_style_request": False}
+    settings |= {"access_key_id": store.access_key, "secret_access_key": store.secret_key}
+    if store.session_token is not None:
+        settings["session_token"] = store.session_token
+    return stores.S3Store(store.bucket, **settings)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from asyncxfer import Agent, Region
 
-from ._s3_side import ObjectSide
+from ._object_azure import AzureAt
+from ._object_s3 import S3At
+from ._object_side import ObjectSide
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
     from asyncxfer import Plan
 
-    from ._s3_cases import ObjectCase
-    from ._s3_side import StoreAt
+    from ._object_cases import ObjectCase
+    from ._object_store import StoreAt
 
 __all__ = ["OurObjectSide"]
 
@@ -35,14 +37,11 @@ class OurObjectSide(ObjectSide):
 
     async def open(self, memory: NDArray[np.uint8], store: StoreAt) -> None:
         await self._agent.start()
-        options = {"endpoint_url": store.endpoint, "region_name": store.region, "addressing_style": "path"}
-        options |= {"aws_access_key_id": store.access_key, "aws_secret_access_key": store.secret_key}
-        if store.session_token is not None:
-            options["aws_session_token"] = store.session_token
+        scheme, options = _opening(store)
         if store.ca is not None:
             options["verify"] = store.ca
         self._here = await self._agent.register(memory)
-        self._there = await self._agent.open(f"s3://{store.bucket}/{store.prefix}", "r+", options=options)
+        self._there = await self._agent.open(f"{scheme}://{store.bucket}/{store.prefix}", "r+", options=options)
 
     async def prepare(self, case: ObjectCase) -> str:
         assert self._here is not None, "a case came before memory was opened"
@@ -62,3 +61,15 @@ class OurObjectSide(ObjectSide):
     async def close(self) -> None:
         self._plan = self._here = self._there = None
         await self._agent.aclose()
+
+
+def _opening(store: StoreAt) -> tuple[str, dict[str, object]]:
+    """The scheme of a store, and what says where it is and who asks."""
+    if isinstance(store, AzureAt):
+        return "az", {"connection_string": store.connection_string}
+    assert isinstance(store, S3At)
+    options: dict[str, object] = {"endpoint_url": store.endpoint, "region_name": store.region}
+    options |= {"aws_access_key_id": store.access_key, "aws_secret_access_key": store.secret_key}
+    if store.session_token is not None:
+        options["aws_session_token"] = store.session_token
+    return "s3", options | {"addressing_style": "path"}
