@@ -1,4 +1,4 @@
-"""The command line: ``asyncxfer cp``, ``ls``, ``doctor``, ``bench`` and ``certs``, also as ``python -m asyncxfer``.
+"""The command line, ``asyncxfer`` or ``python -m asyncxfer``: cp, ls, doctor, bench, kvbench and certs.
 
 It knows the names of the subcommands and their options; what a subcommand needs is imported when
 that one is run.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from . import _certs
 from ._copy import _cli as _copy
 from .bench import _cli
+from .kvbench import _cli as _kvbench
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench = commands.add_parser("bench", help="measure transfers between two processes")
     _cli.add_arguments(bench)
+    _kvbench.add_arguments(commands.add_parser("kvbench", help="the KV cache of a model: its size, and moving it"))
     certs = commands.add_parser("certs", help="make certificates for agents, and an authority that signs them")
     _certs.add_arguments(certs)
     options = parser.parse_args(arguments)
     if options.command == "bench":
         return _cli.main(options)
+    if options.command == "kvbench":
+        return _kvbench.main(options)
     if options.command == "certs":
         return _certs.main(options)
     if options.command in ("cp", "ls"):

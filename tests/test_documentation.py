@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,55 @@ async def run_page(page: str, names: dict[str, object], first: int = 1) -> None:
             result = eval(code, namespace)
             if inspect.isawaitable(result):
                 await result
+
+
+KVBENCH = (ROOT / "docs/kvbench.md").read_text()
+SHOWN = dict(re.findall(r"^```console\n\$ asyncxfer (.*?)\n(.*?)^```$", KVBENCH, re.MULTILINE | re.DOTALL))
+
+
+def test_the_page_on_kvbench_shows_every_subcommand() -> None:
+    assert {command.split()[1] for command in SHOWN} == {"kvcache", "plan", "profile", "traffic", "trace"}
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_the_page_on_kvbench_shows_what_is_printed(tmp_path: Path, command: str) -> None:
+    """Sizes and plans are printed as they stand there; runs run, and print lines that begin as these do."""
+    for name, language in (("traffic.yaml", "yaml"), ("trace.jsonl", "json")):
+        (block,) = re.findall(rf"^```{language}\n(.*?)^```$", KVBENCH, re.MULTILINE | re.DOTALL)
+        (tmp_path / name).write_text(block)
+    done = subprocess.run(
+        [sys.executable, "-m", "asyncxfer", *shlex.split(command)],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    printed, shown = done.stdout.splitlines(), SHOWN[command].splitlines()
+    if command.split()[1] not in ("kvcache", "plan"):
+        printed, shown = ([_begin(line) for line in lines] for lines in (printed, shown))
+    assert printed == shown
+
+
+def _begin(line: str) -> str:
+    return line.split(maxsplit=1)[0]
+
+
+def test_the_options_of_kvbench_that_the_page_names_exist() -> None:
+    help_texts = [
+        subprocess.run(
+            [sys.executable, "-m", "asyncxfer", *command, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        for command in (["bench"], *(["kvbench", part] for part in ("kvcache", "plan", "profile", "traffic", "trace")))
+    ]
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", KVBENCH))
+    assert {option for option in named if not any(option in text for text in help_texts)} == set()
 
 
 def test_the_pages_name_what_exists() -> None:

@@ -3,6 +3,7 @@
 It reads commands from its standard input, has its side do them, and answers on what was its
 standard output when it began; between commands it sleeps in the loop's own wait. What the systems
 themselves print goes to standard error. It ends when its input does, so it cannot outlive the bench.
+`run` does that for any side, also of other benchmarks.
 """
 
 from __future__ import annotations
@@ -15,19 +16,31 @@ import os
 import signal
 import sys
 import traceback
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._file_side import FileSide
     from ._object_side import ObjectSide
     from ._side import Message, Side
 
-__all__ = ["MAX_LINE"]
+__all__ = ["MAX_LINE", "Answers", "run"]
 
 #: Longest command or answer, in bytes.
 MAX_LINE = 1 << 20
 
 _PR_SET_PDEATHSIG = 1
+
+
+class Answers(Protocol):
+    """Whatever does commands."""
+
+    async def answer(self, message: Message) -> Message:
+        """Do one command and give its answer."""
+
+    async def close(self) -> None:
+        """Leave nothing behind."""
 
 
 def _side(options: Message) -> Side | FileSide | ObjectSide:
@@ -89,11 +102,11 @@ def _object_side(options: Message) -> ObjectSide:
     return OurObjectSide()
 
 
-async def _serve(options: Message, answers: IO[str]) -> None:
+async def _serve(options: Message, make: Callable[[Message], Answers], answers: IO[str]) -> None:
     loop = asyncio.get_running_loop()
     commands = asyncio.StreamReader(limit=MAX_LINE)
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    side = _side(options)
+    side = make(options)
     try:
         while line := await commands.readline():
             try:
@@ -107,18 +120,24 @@ async def _serve(options: Message, answers: IO[str]) -> None:
         transport.close()
 
 
-def main() -> None:
-    """Serve as the side that the first argument, a JSON object, describes."""
+def run(make: Callable[[Message], Answers]) -> Message:
+    """Serve as the side that is made of the first argument, a JSON object, which is given back at the end."""
     # A bench that is killed while this process is stopped could never let it go on.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    options = json.loads(sys.argv[1])
+    options: Message = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     loop_factory: Any = None
     if options["uvloop"]:
         loop_factory = importlib.import_module("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(_serve(options, answers))
+        runner.run(_serve(options, make, answers))
+    return options
+
+
+def main() -> None:
+    """Serve as one side of a pair."""
+    options = run(_side)
     if options["system"] == "nixl":
         # Its destructors are known to crash an interpreter that is on its way out.
         sys.stderr.flush()
