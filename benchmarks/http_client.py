@@ -1,4 +1,4 @@
-"""What the HTTP client costs, next to a server that does nothing: ``python benchmarks/http.py [seconds] [--tls]``.
+"""What the HTTP client costs, beside a server that does nothing: ``python benchmarks/http_client.py [SECONDS]``.
 
 The server is another process, which keeps its answers ready and counts off what it is sent. Small objects are 64 KiB,
 16 requests at a time; large ones 64 MiB, one at a time. CPU is this process's only. A hand-made request over

@@ -1,0 +1,84 @@
+"""How late the agent's loop is while objects move, beside a loop in another process that has nothing to do.
+
+    python benchmarks/lateness.py [SECONDS]
+
+Objects go to and come from the null server of ``asyncxfer bench --over s3``. Both loops are asyncio's and ask to run
+after each millisecond; what the idle one is late by, the machine is to blame for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import numpy as np
+
+from asyncxfer import Agent
+from asyncxfer.bench._null_objects import NullServer
+
+_SHAPES = ((16, 64 << 10), (1, 16 << 10), (8, 4 << 20), (1, 64 << 20))
+_IDLE = "idle"
+
+
+async def _tick(late: list[float]) -> None:
+    while True:
+        due = time.perf_counter() + 0.001
+        await asyncio.sleep(0.001)
+        late.append(time.perf_counter() - due)
+
+
+def _told(late: list[float]) -> str:
+    p50, p99, p999, most = np.percentile(np.array(late) * 1e3, [50, 99, 99.9, 100])
+    return f"p50 {p50:.2f}, p99 {p99:.2f}, p99.9 {p999:.2f}, max {most:.2f} ms"
+
+
+async def _idle() -> None:
+    late: list[float] = []
+    ticking = asyncio.ensure_future(_tick(late))
+    await asyncio.to_thread(sys.stdin.read)
+    ticking.cancel()
+    print(_told(late))
+
+
+async def _begin_idle() -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, __file__, _IDLE, stdin=pipe, stdout=pipe)
+
+
+async def _measure(url: str, seconds: float) -> None:
+    options = {
+        "endpoint_url": url, "aws_access_key_id": "A", "aws_secret_access_key": "S", "region_name": "us-east-1",
+        "addressing_style": "path",
+    }  # fmt: skip
+    async with Agent("lateness") as agent, agent.open("s3://bucket/p", "w", options=options) as objects:
+        for count, nbytes in _SHAPES:
+            async with agent.allocate((count, nbytes), np.uint8) as region:
+                for op in ("get", "put"):
+                    plan = agent.prepare(op, region[:], objects[[f"{number}-{nbytes}" for number in range(count)]])
+                    await plan()
+                    idle = await _begin_idle()
+                    await asyncio.sleep(1)  # it has started by then
+                    late: list[float] = []
+                    ticking = asyncio.ensure_future(_tick(late))
+                    end = time.perf_counter() + seconds
+                    while time.perf_counter() < end:
+                        await plan()
+                    ticking.cancel()
+                    other, _ = await idle.communicate(b"")
+                    print(
+                        f"{count} x {nbytes:,} {op}: {_told(late)}; an idle loop: {other.decode()}", end="", flush=True
+                    )
+
+
+def main() -> None:
+    """Measure, or be the idle one."""
+    if sys.argv[1:] == [_IDLE]:
+        asyncio.run(_idle())
+        return
+    with NullServer() as server:
+        asyncio.run(_measure(server.url, float(sys.argv[1]) if sys.argv[1:] else 3.0))
+
+
+if __name__ == "__main__":
+    main()
