@@ -176,9 +176,12 @@ class Broken(ThreadBackend):
     """Fails every transfer."""
 
     name = "broken"
+    begun, cut = threading.Event(), threading.Event()
 
     def _carry_out(self, job: Any, completion: Any) -> None:
         completion.advance(7)
+        self.begun.set()
+        self.cut.wait(30)
         raise OSError("the cable is cut")
 
 
@@ -186,12 +189,18 @@ class Broken(ThreadBackend):
 async def test_a_failure_that_nobody_asks_for_is_logged_once(asked: str) -> None:
     logged: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+    Broken.begun.clear()
+    Broken.cut.clear()
     async with (
         Agent("a", backends=[Broken]) as agent,
         agent.register(bytearray(8)) as here,
         agent.register(bytearray(8), name="kv") as there,
     ):
         transfer = agent.put(here[:], there[:])
+        await until(Broken.begun.is_set)
+        if asked == "cancelled":
+            transfer.cancel()
+        Broken.cut.set()
         if asked == "awaited":
             with pytest.raises(TransferError, match="put of 8 bytes to 'kv' by broken failed: the cable is cut") as e:
                 await transfer
@@ -201,8 +210,6 @@ async def test_a_failure_that_nobody_asks_for_is_logged_once(asked: str) -> None
         elif asked == "followed":
             with pytest.raises(TransferError, match="the cable is cut"):
                 _ = [row async for row in transfer]
-        elif asked == "cancelled":
-            transfer.cancel()
         await until(lambda: not agent.stats()["in_flight"])
         if asked == "inspected":
             assert isinstance(transfer.exception(), TransferError)
