@@ -16,29 +16,20 @@ import numpy as np
 
 from asyncxfer import Agent
 from asyncxfer.bench._null_objects import NullServer
+from asyncxfer.bench._ticker import Ticker, percentiles
 
 _SHAPES = ((16, 64 << 10), (1, 16 << 10), (8, 4 << 20), (1, 64 << 20))
 _IDLE = "idle"
 
 
-async def _tick(late: list[float]) -> None:
-    while True:
-        due = time.perf_counter() + 0.001
-        await asyncio.sleep(0.001)
-        late.append(time.perf_counter() - due)
-
-
-def _told(late: list[float]) -> str:
-    p50, p99, p999, most = np.percentile(np.array(late) * 1e3, [50, 99, 99.9, 100])
-    return f"p50 {p50:.2f}, p99 {p99:.2f}, p99.9 {p999:.2f}, max {most:.2f} ms"
+def _told(ticker: Ticker) -> str:
+    return ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in percentiles(ticker.lateness).items()) + " ms"
 
 
 async def _idle() -> None:
-    late: list[float] = []
-    ticking = asyncio.ensure_future(_tick(late))
-    await asyncio.to_thread(sys.stdin.read)
-    ticking.cancel()
-    print(_told(late))
+    with Ticker() as ticker:
+        await asyncio.to_thread(sys.stdin.read)
+    print(_told(ticker))
 
 
 async def _begin_idle() -> asyncio.subprocess.Process:
@@ -59,15 +50,15 @@ async def _measure(url: str, seconds: float) -> None:
                     await plan()
                     idle = await _begin_idle()
                     await asyncio.sleep(1)  # it has started by then
-                    late: list[float] = []
-                    ticking = asyncio.ensure_future(_tick(late))
                     end = time.perf_counter() + seconds
-                    while time.perf_counter() < end:
-                        await plan()
-                    ticking.cancel()
+                    with Ticker() as ticker:
+                        while time.perf_counter() < end:
+                            await plan()
                     other, _ = await idle.communicate(b"")
                     print(
-                        f"{count} x {nbytes:,} {op}: {_told(late)}; an idle loop: {other.decode()}", end="", flush=True
+                        f"{count} x {nbytes:,} {op}: {_told(ticker)}; an idle loop: {other.decode()}",
+                        end="",
+                        flush=True,
                     )
 
 
